@@ -1,0 +1,34 @@
+"""The strictest modes of JAX, eight CPU devices, reproducible random examples."""
+
+import os
+
+# Before jax is imported: tests choose their devices, compilers need no hardware.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile(
+    "deterministic", derandomize=True, deadline=None, max_examples=40, database=None
+)
+hypothesis.settings.load_profile("deterministic")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A generator with the same numbers in every test."""
+    return np.random.default_rng(20240229)
+
+
+@pytest.fixture
+def x64():
+    """Runs a test with 64-bit types."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)

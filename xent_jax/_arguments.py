@@ -1,0 +1,180 @@
+"""From the caller's arguments to arrays of one layout, checked on the way.
+
+Inside the package the classes are on one axis, everything that is one number a row has
+size 1 there, and class ids are int32 with −1 for an id that is no class.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from xent_jax import _checks
+from xent_jax._checks import Shape
+from xent_jax._numerics import accumulation_dtype
+
+Axis = int | Sequence[int] | None
+
+
+class Layout(NamedTuple):
+    """Where the classes of one call are.
+
+    Several class axes are moved to the end and flattened, so a class id then is the
+    row-major index over the axes in the order named.
+    """
+
+    function: str
+    name: str  # of the argument that has the classes
+    shape: Shape  # as given
+    axes: tuple[int, ...]  # as given, non-negative
+
+    @property
+    def axis(self) -> int:
+        """The class axis inside the package, negative."""
+        return -1 if len(self.axes) > 1 else self.axes[0] - len(self.shape)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, over all class axes."""
+        count = 1
+        for axis in self.axes:
+            count *= self.shape[axis]
+        return count
+
+    @property
+    def batch_shape(self) -> Shape:
+        """The shape without the class axes: that of the loss."""
+        return tuple(
+            size for axis, size in enumerate(self.shape) if axis not in self.axes
+        )
+
+    @property
+    def batch_meaning(self) -> str:
+        """How a message explains `batch_shape`."""
+        plural = "axis" if len(self.axes) == 1 else "axes"
+        names = ", ".join(str(axis) for axis in self.axes)
+        return f"{self.name} without {plural} {names}"
+
+    def classes(self, array: jax.Array) -> jax.Array:
+        """Brings an array of the given shape into the layout."""
+        if len(self.axes) == 1:
+            return array
+        batch = tuple(axis for axis in range(array.ndim) if axis not in self.axes)
+        return array.transpose(batch + self.axes).reshape(
+            *self.batch_shape, self.num_classes
+        )
+
+    def rows(self, array: jax.Array) -> jax.Array:
+        """Brings an array of the batch shape into the layout."""
+        return jnp.expand_dims(array, self.axis)
+
+    def squeeze(self, array: jax.Array) -> jax.Array:
+        """Takes the class axis of size 1 off a result."""
+        return jnp.squeeze(array, self.axis)
+
+
+class Keep(NamedTuple):
+    """The two masks that one `where` turns into."""
+
+    classes: jax.Array | None
+    rows: jax.Array | None
+
+
+def read_logits(
+    function: str, name: str, logits: ArrayLike, axis: Axis
+) -> tuple[jax.Array, Layout]:
+    """Returns the logits (or log-probabilities, or probabilities) and their layout."""
+    array = jnp.asarray(logits)
+    _checks.check_floating(function, name, array)
+    axes = _checks.canonical_axes(function, axis, array.ndim)
+    layout = Layout(function, name, array.shape, axes)
+    if layout.num_classes == 0:
+        _checks.fail(ValueError, function, name, "have at least one class", array.shape)
+    return layout.classes(array), layout
+
+
+def read_where(layout: Layout, where: ArrayLike | None) -> Keep:
+    """Returns the masks of the classes and of the rows that count.
+
+    A row without a single kept class does not count.
+    """
+    if where is None:
+        return Keep(None, None)
+    mask = jnp.asarray(where)
+    _checks.check_boolean(layout.function, "where", mask)
+    if mask.shape == layout.shape:
+        classes = layout.classes(mask)
+        return Keep(classes, jnp.any(classes, axis=layout.axis, keepdims=True))
+    if mask.shape != layout.batch_shape:
+        expected = (
+            f"have shape {layout.batch_shape} ({layout.batch_meaning}) or "
+            f"{layout.shape} (that of {layout.name})"
+        )
+        _checks.fail(ValueError, layout.function, "where", expected, mask.shape)
+    return Keep(None, layout.rows(mask))
+
+
+def read_class_ids(layout: Layout, labels: ArrayLike, keep: Keep) -> jax.Array:
+    """Returns int32 ids: −1 for one outside the classes, 0 in a dropped row.
+
+    The range is checked in the caller's dtype: a narrower or wider integer never wraps
+    into the classes.
+    """
+    ids = jnp.asarray(labels)
+    _checks.check_class_ids(layout.function, "labels", ids)
+    _checks.check_shape(
+        layout.function, "labels", ids, layout.batch_shape, layout.batch_meaning
+    )
+    if jnp.iinfo(ids.dtype).bits < 32:
+        ids = ids.astype(jnp.int32)
+    inside = (ids >= 0) & (ids < layout.num_classes)
+    ids = layout.rows(jnp.where(inside, ids, 0).astype(jnp.int32))
+    ids = jnp.where(layout.rows(inside), ids, -1)
+    return ids if keep.rows is None else jnp.where(keep.rows, ids, 0)
+
+
+def read_targets(layout: Layout, labels: ArrayLike, dtype: jnp.dtype) -> jax.Array:
+    """Returns dense targets in the accumulation dtype."""
+    array = jnp.asarray(labels)
+    _checks.check_real(layout.function, "labels", array)
+    _checks.check_shape(
+        layout.function, "labels", array, layout.shape, f"that of {layout.name}"
+    )
+    return layout.classes(array.astype(accumulation_dtype(dtype)))
+
+
+def read_class_weights(
+    layout: Layout, class_weights: ArrayLike | None, dtype: jnp.dtype
+) -> jax.Array | None:
+    """Returns the weights in the accumulation dtype, on the class axis."""
+    if class_weights is None:
+        return None
+    array = jnp.asarray(class_weights)
+    _checks.check_real(layout.function, "class_weights", array)
+    shape = (layout.num_classes,)
+    _checks.check_shape(
+        layout.function, "class_weights", array, shape, "one number a class"
+    )
+    ndim = len(layout.batch_shape) + 1
+    other = tuple(axis for axis in range(ndim) if axis != layout.axis % ndim)
+    return jnp.expand_dims(array.astype(accumulation_dtype(dtype)), other)
+
+
+def read_scalar(
+    function: str,
+    argument: str,
+    value: ArrayLike,
+    dtype: jnp.dtype,
+    *,
+    highest: float = float("inf"),
+) -> jax.Array | None:
+    """Returns a coefficient in [0, highest], or `None` where it is the number 0.
+
+    A traced or device value is used as it is, 0 or not.
+    """
+    _checks.check_number(function, argument, value, 0, highest)
+    if not isinstance(value, jax.Array) and value == 0:
+        return None
+    return jnp.asarray(value).astype(accumulation_dtype(dtype))

@@ -1,0 +1,114 @@
+"""Static checks of the public functions: one form of message for every mistake.
+
+A message names the function, the argument, what was expected and what came:
+`nll_loss: labels must have shape (5,) (log_probs without axis -1), got (1,).`
+Everything here looks at shapes, dtypes and concrete Python numbers only, so it costs
+nothing under `jax.jit` and raises at trace time.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+Shape = tuple[int, ...]
+
+
+def fail(
+    kind: type[Exception], function: str, argument: str, expected: str, got: object
+) -> NoReturn:
+    """Raises `kind` with the one message form of the package."""
+    raise kind(f"{function}: {argument} must {expected}, got {got}.")
+
+
+def check_shape(
+    function: str, argument: str, array: jax.Array, shape: Shape, meaning: str
+) -> None:
+    """Raises unless `array` has exactly `shape`: nothing is broadcast silently."""
+    if array.shape != shape:
+        expected = f"have shape {shape} ({meaning})"
+        fail(ValueError, function, argument, expected, array.shape)
+
+
+def check_floating(function: str, argument: str, array: jax.Array) -> None:
+    """Raises unless `array` holds floating-point numbers."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        fail(TypeError, function, argument, "have a floating dtype", array.dtype)
+
+
+def check_class_ids(function: str, argument: str, array: jax.Array) -> None:
+    """Raises unless `array` holds integers; floats and booleans are not class ids."""
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        expected = "have an integer dtype (class ids)"
+        fail(TypeError, function, argument, expected, array.dtype)
+
+
+def check_real(function: str, argument: str, array: jax.Array) -> None:
+    """Raises unless `array` holds real numbers (floating, integer or boolean)."""
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        fail(TypeError, function, argument, "have a real dtype", array.dtype)
+
+
+def check_boolean(function: str, argument: str, array: jax.Array) -> None:
+    """Raises unless `array` is a boolean mask."""
+    if array.dtype != jnp.bool_:
+        fail(TypeError, function, argument, "have dtype bool", array.dtype)
+
+
+def check_number(
+    function: str,
+    argument: str,
+    value: ArrayLike,
+    lowest: float,
+    highest: float,
+    *,
+    inside: bool = False,
+) -> None:
+    """Raises unless the scalar `value` lies in [lowest, highest] (inside: strictly).
+
+    A traced or device value cannot be looked at without waiting for it: only its
+    shape and dtype are checked, and it is used as it is.
+    """
+    if isinstance(value, jax.Array):
+        if value.shape != ():
+            fail(ValueError, function, argument, "be a scalar", f"shape {value.shape}")
+        check_real(function, argument, value)
+        return
+    number = np.asarray(value)
+    if number.shape != () or number.dtype.kind not in "biuf":
+        fail(TypeError, function, argument, "be a real number", repr(value))
+    edges = "()" if inside else "[]"
+    expected = f"lie in {edges[0]}{lowest}, {highest}{edges[1]}"
+    low, high = number >= lowest, number <= highest
+    if inside:
+        low, high = number > lowest, number < highest
+    if not (low and high):
+        fail(ValueError, function, argument, expected, repr(value))
+
+
+def canonical_axes(
+    function: str, axis: int | Sequence[int] | None, ndim: int
+) -> tuple[int, ...]:
+    """Returns the class axes as non-negative integers; `None` stands for all of them.
+
+    Raises:
+      TypeError: `axis` is neither an integer nor a sequence of integers.
+      ValueError: an axis lies outside the array, or is named twice, or none is named.
+    """
+    if axis is None:
+        axis = range(ndim)
+    try:
+        named = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+        indices = [operator.index(index) for index in named]
+    except TypeError:
+        kind = "be an integer or a tuple of integers"
+        fail(TypeError, function, "axis", kind, repr(axis))
+    expected = f"name different axes of a {ndim}-dimensional array"
+    axes = tuple(index % ndim if -ndim <= index < ndim else -1 for index in indices)
+    if not axes or -1 in axes or len(set(axes)) != len(axes):
+        fail(ValueError, function, "axis", expected, repr(axis))
+    return axes

@@ -1,0 +1,263 @@
+"""The losses and their gradient laws in NumPy float64, on the host.
+
+They share nothing with what they judge. The complement of a row's largest probability
+is summed, not subtracted, so a law is exact to float64 for confident rows too.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+Array = np.ndarray
+
+
+class Law(NamedTuple):
+    """A loss in float64: its value and its gradient by the first argument.
+
+    Both are called as the loss is: `(logits, labels, **options)`.
+    """
+
+    value: Callable[..., Array]
+    gradient: Callable[..., Array]
+
+
+class _Probabilities(NamedTuple):
+    """Rows of probabilities, as given and as the logarithm sees them."""
+
+    targets: Array
+    total: Array  # the sum that the row is divided by
+    probability: Array
+    clipped: Array
+
+
+class _Rows(NamedTuple):
+    """A softmax loss with its classes last, and the targets that its options make."""
+
+    logits: Array
+    targets: Array
+    keep_class: Array
+    keep_row: Array
+
+
+def _rows(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    label_smoothing: float = 0.0,
+    class_weights: ArrayLike | None = None,
+) -> _Rows:
+    x = np.moveaxis(np.asarray(logits).astype(np.float64), axis, -1)
+    y = np.asarray(labels)
+    keep_class = np.ones(x.shape, bool)
+    keep_row = np.ones((*x.shape[:-1], 1), bool)
+    if where is not None and np.ndim(where) == x.ndim:
+        keep_class = np.moveaxis(np.asarray(where, bool), axis, -1)
+        keep_row = np.asarray(keep_class.any(-1))[..., None]
+    elif where is not None:
+        keep_row = np.asarray(where, bool)[..., None]
+    if y.ndim < x.ndim:
+        # The mass of a class id counts on a dropped class too: its loss is +inf.
+        ids = np.where(keep_row, y[..., None], 0)
+        targets = (np.arange(x.shape[-1]) == ids).astype(np.float64)
+    else:
+        targets = np.where(keep_class, np.moveaxis(y, axis, -1), 0).astype(np.float64)
+    count = np.maximum(keep_class.sum(-1, keepdims=True), 1)
+    spread = np.where(keep_class, label_smoothing / count, 0)
+    targets = (1 - label_smoothing) * targets + spread
+    if class_weights is not None:
+        targets = targets * np.asarray(class_weights).astype(np.float64)
+    x = np.where(keep_row, np.where(keep_class, x, -np.inf), 0)
+    return _Rows(x, targets, keep_class, keep_row)
+
+
+class _Softmax(NamedTuple):
+    """The softmax of a row, with the complement of its largest probability exact."""
+
+    surprise: Array  # log-normaliser − x
+    probability: Array
+    top: Array  # one True a row, at a largest logit
+    complement: Array  # 1 − the largest probability
+    log_normalizer: Array
+
+
+def _softmax(x: Array) -> _Softmax:
+    top = np.arange(x.shape[-1]) == np.argmax(x, axis=-1)[..., None]
+    largest = np.max(x, axis=-1, keepdims=True)
+    power = np.exp(x - largest)
+    excess = np.where(top, 0, power).sum(-1, keepdims=True)
+    return _Softmax(
+        (largest - x) + np.log1p(excess),
+        power / (1 + excess),
+        top,
+        excess / (1 + excess),
+        largest + np.log1p(excess),
+    )
+
+
+def _softmax_value(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    *,
+    z_loss: float = 0.0,
+    **options: Any,
+) -> Array:
+    rows = _rows(logits, labels, axis, where, **options)
+    softmax = _softmax(rows.logits)
+    terms = np.where(rows.targets == 0, 0, rows.targets) * np.where(
+        rows.targets == 0, 0, softmax.surprise
+    )
+    value = terms.sum(-1) + z_loss * softmax.log_normalizer[..., 0] ** 2
+    return np.where(rows.keep_row[..., 0], value, 0)
+
+
+def _softmax_gradient(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    *,
+    z_loss: float = 0.0,
+    **options: Any,
+) -> Array:
+    rows = _rows(logits, labels, axis, where, **options)
+    softmax = _softmax(rows.logits)
+    targets = rows.targets
+    rest = np.where(softmax.top, 0, targets).sum(-1, keepdims=True)
+    total = targets.sum(-1, keepdims=True)
+    at_top = rest * softmax.probability - targets * softmax.complement
+    gradient = np.where(softmax.top, at_top, total * softmax.probability - targets)
+    gradient = gradient + 2 * z_loss * softmax.log_normalizer * softmax.probability
+    gradient = np.where(rows.keep_class & rows.keep_row, gradient, 0)
+    return np.moveaxis(gradient, -1, axis)
+
+
+def _linearized_value(logits: ArrayLike, labels: ArrayLike, axis: int = -1) -> Array:
+    gradient = _softmax_gradient(logits, labels, axis)
+    return (gradient * np.asarray(logits).astype(np.float64)).sum(axis)
+
+
+def _binary_targets(labels: ArrayLike, label_smoothing: float) -> Array:
+    y = np.asarray(labels).astype(np.float64)
+    return (1 - label_smoothing) * y + label_smoothing / 2
+
+
+def _sigmoid_value(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
+    label_smoothing: float = 0.0,
+) -> Array:
+    x = np.asarray(logits).astype(np.float64)
+    t = _binary_targets(labels, label_smoothing)
+    weight = np.asarray(pos_weight).astype(np.float64)
+    value = weight * t * np.logaddexp(0, -x) + (1 - t) * np.logaddexp(0, x)
+    return value if where is None else np.where(np.asarray(where), value, 0)
+
+
+def _sigmoid_gradient(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    pos_weight: ArrayLike = 1.0,
+    label_smoothing: float = 0.0,
+) -> Array:
+    x = np.asarray(logits).astype(np.float64)
+    t = _binary_targets(labels, label_smoothing)
+    weight = np.asarray(pos_weight).astype(np.float64)
+    # σ(x) = exp(−log(1 + exp(−x))), without overflow on either side.
+    positive, negative = np.exp(-np.logaddexp(0, -x)), np.exp(-np.logaddexp(0, x))
+    gradient = (1 - t) * positive - weight * t * negative
+    return gradient if where is None else np.where(np.asarray(where), gradient, 0)
+
+
+def _nll_value(
+    log_probs: ArrayLike,
+    labels: ArrayLike,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    **options: Any,
+) -> Array:
+    rows = _rows(log_probs, labels, axis, where, **options)
+    present = rows.targets != 0
+    terms = np.where(present, -rows.targets, 0) * np.where(present, rows.logits, 0)
+    return np.where(rows.keep_row[..., 0], terms.sum(-1), 0)
+
+
+def _nll_gradient(
+    log_probs: ArrayLike,
+    labels: ArrayLike,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    **options: Any,
+) -> Array:
+    rows = _rows(log_probs, labels, axis, where, **options)
+    gradient = np.where(rows.keep_class & rows.keep_row, -rows.targets, 0)
+    return np.moveaxis(gradient, -1, axis)
+
+
+def _normalized(probs: ArrayLike, labels: ArrayLike, epsilon: float) -> _Probabilities:
+    p = np.asarray(probs).astype(np.float64)
+    total = p.sum(-1, keepdims=True)
+    return _Probabilities(
+        np.asarray(labels).astype(np.float64),
+        total,
+        p / total,
+        np.clip(p / total, epsilon, 1 - epsilon),
+    )
+
+
+def _categorical_value(
+    probs: ArrayLike, labels: ArrayLike, epsilon: float = 1e-7
+) -> Array:
+    row = _normalized(probs, labels, epsilon)
+    return -(row.targets * np.log(row.clipped)).sum(-1)
+
+
+def _categorical_gradient(
+    probs: ArrayLike, labels: ArrayLike, epsilon: float = 1e-7
+) -> Array:
+    row = _normalized(probs, labels, epsilon)
+    slope = -row.targets / row.clipped
+    mean = (row.probability * slope).sum(-1, keepdims=True)
+    return (slope - mean) / row.total
+
+
+def _binary_value(probs: ArrayLike, labels: ArrayLike, epsilon: float = 1e-7) -> Array:
+    p = np.clip(np.asarray(probs).astype(np.float64), epsilon, 1 - epsilon)
+    y = np.asarray(labels).astype(np.float64)
+    return -y * np.log(p) - (1 - y) * np.log1p(-p)
+
+
+def _binary_gradient(
+    probs: ArrayLike, labels: ArrayLike, epsilon: float = 1e-7
+) -> Array:
+    p = np.clip(np.asarray(probs).astype(np.float64), epsilon, 1 - epsilon)
+    y = np.asarray(labels).astype(np.float64)
+    return (1 - y) / (1 - p) - y / p
+
+
+SOFTMAX_LAW = Law(_softmax_value, _softmax_gradient)
+"""`(Σt)·softmax(x) − t`, for class ids and dense targets, with every option."""
+
+SIGMOID_LAW = Law(_sigmoid_value, _sigmoid_gradient)
+"""`(1 − t)·σ(x) − pos_weight·t·σ(−x)`, elementwise."""
+
+LINEARIZED_LAW = Law(_linearized_value, _softmax_gradient)
+"""The surrogate's value, with the gradient of the softmax law."""
+
+NLL_LAW = Law(_nll_value, _nll_gradient)
+"""`−w·e_y`, by the log-probabilities."""
+
+CATEGORICAL_LAW = Law(_categorical_value, _categorical_gradient)
+"""`(s − Σ q·s) / Σp` with `q = p / Σp`, `s = −t / clip(q)`, by the probabilities."""
+
+BINARY_LAW = Law(_binary_value, _binary_gradient)
+"""`(1 − t) / (1 − p) − t / p` at the clipped probability, elementwise."""

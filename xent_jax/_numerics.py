@@ -1,0 +1,304 @@
+"""The accurate normalisers: what every softmax loss is made of.
+
+Every loss here is a log-normaliser minus a linear term, so its gradient is the mean
+parameter minus the target. Written the plain way, `logsumexp(x) − x[y]`, the
+difference of two rounded numbers loses every digit once the label wins by more than
+the precision of the dtype: the loss and its gradient become exactly 0. The two
+functions of this module keep the difference instead of the numbers:
+
+* `label_statistics` (one label a row) leaves the label out of the normaliser. With
+  the best rival m = max_{j≠y} x_j as the pivot, R = Σ_{j≠y} exp(x_j − m) and
+  w = R·exp(m − x_y), the loss is log1p(w) and the label's gradient −w / (1 + w):
+  sums and products of non-negative terms, so errors add up and never amplify.
+* `target_statistics` (any targets) leaves one occurrence of the maximum out, which
+  needs no arg max: r = Σ_{x<max} exp(x − max) + (number of maxima − 1).
+
+Rows are kept as arrays of size 1 along the class axis, so that nothing here depends on
+which axis the classes are on. Masks are handled once, in `masked`.
+"""
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# XLA:CPU vectorises an elementwise fusion, exponentials included, but falls back to
+# slow loops, or to a materialised copy of the operand, for a reduction of anything
+# but a bare array. The classes are therefore folded into `_FOLDS` slices of `_LANES`
+# lanes whose elementwise tree of partial results is one fusion.
+_FOLDS = 8
+_LANES = 16
+_SMALLEST_FOLDED = 1024
+
+
+class Masked(NamedTuple):
+    """Logits with the classes and rows that count.
+
+    `keep_class` has the logits' shape; `keep_row` has size 1 along the class axis.
+    """
+
+    logits: jax.Array
+    keep_class: jax.Array | None
+    keep_row: jax.Array | None
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype in which everything is computed: float64 only for float64."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def masked(inputs: Masked) -> jax.Array:
+    """Returns the logits to compute with, in the accumulation dtype.
+
+    A dropped class is a class of probability 0, a dropped row a row of zeros: neither
+    can put an inf or a NaN into a value or a derivative, whatever it holds.
+    """
+    logits, keep_class, keep_row = inputs
+    values = logits.astype(accumulation_dtype(logits.dtype))
+    if keep_class is not None:
+        values = jnp.where(keep_class, values, -jnp.inf)
+    if keep_row is not None:
+        values = jnp.where(keep_row, values, 0)
+    return values
+
+
+def zero_where_dropped(values: jax.Array, inputs: Masked) -> jax.Array:
+    """Returns `values`, exactly 0 where the row, or the class, is dropped."""
+    if inputs.keep_class is not None and values.shape == inputs.logits.shape:
+        values = jnp.where(inputs.keep_class, values, 0)
+    if inputs.keep_row is not None:
+        values = jnp.where(inputs.keep_row, values, 0)
+    return values
+
+
+def class_index(logits: jax.Array, axis: int) -> jax.Array:
+    """Returns the class ids along `axis`, of size 1 along every other axis.
+
+    Comparing with it stands in for every gather and scatter: a scatter, or a gather
+    from an upcast copy, would cost a second array of the logits' size.
+    """
+    shape = [1] * logits.ndim
+    shape[axis] = logits.shape[axis]
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis % logits.ndim)
+
+
+def reduce_classes(
+    reduce: Callable[..., jax.Array],
+    combine: Callable[[jax.Array, jax.Array], jax.Array],
+    term: Callable[..., jax.Array],
+    operands: tuple[Any, ...],
+    axis: int,
+) -> jax.Array:
+    """Reduces the elementwise `term(*operands)` over the class axis, which is kept.
+
+    Args:
+      reduce: `jnp.sum` or `jnp.max`.
+      combine: the same for two arrays.
+      term: an elementwise function of the operands.
+      operands: pytrees of arrays of one rank, of size 1 or V along `axis`.
+      axis: the class axis, negative.
+
+    Returns:
+      The reduction, of size 1 along `axis`.
+    """
+
+    def plain(*operands: Any) -> jax.Array:
+        return reduce(term(*operands), axis=axis, keepdims=True)
+
+    def folded(*operands: Any) -> jax.Array:
+        # One exact shape for all: (..., V / (folds · lanes), folds, lanes). The slices
+        # run over the middle axis, so that a sharded class axis stays where it is.
+        def fold(array: jax.Array) -> jax.Array:
+            block = (1, 1) if array.shape[-1] == 1 else (_FOLDS, _LANES)
+            return array.reshape(*array.shape[:-1], -1, *block)
+
+        def piece(array: jax.Array, index: int) -> jax.Array:
+            return array[..., index if array.shape[-2] > 1 else 0, :]
+
+        arrays = jax.tree.map(fold, operands)
+        parts = [
+            term(*jax.tree.map(functools.partial(piece, index=index), arrays))
+            for index in range(_FOLDS)
+        ]
+        while len(parts) > 1:
+            parts = [
+                combine(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)
+            ]
+        # The comparison keeps the short reduction apart from the fusion above it.
+        part = jnp.where(parts[0] == parts[0], parts[0], jnp.nan)
+        return reduce(part, axis=(-2, -1))[..., None]
+
+    size = max(array.shape[axis] for array in jax.tree.leaves(operands))
+    if axis != -1 or size < _SMALLEST_FOLDED or size % (_FOLDS * _LANES):
+        return plain(*operands)
+    return jax.lax.platform_dependent(*operands, cpu=folded, default=plain)
+
+
+def sum_classes(
+    term: Callable[..., jax.Array], operands: tuple[Any, ...], axis: int
+) -> jax.Array:
+    """Returns Σ over the classes of `term(*operands)`, of size 1 along `axis`."""
+    return reduce_classes(jnp.sum, operator.add, term, operands, axis)
+
+
+def max_classes(
+    term: Callable[..., jax.Array], operands: tuple[Any, ...], axis: int
+) -> jax.Array:
+    """Returns the maximum over the classes of `term(*operands)`."""
+    return reduce_classes(jnp.max, jnp.maximum, term, operands, axis)
+
+
+def two_sum(left: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the rounded sum and its rounding error (Knuth's TwoSum).
+
+    The error is 0 where the sum is not finite, and a constant to differentiation.
+    """
+    total = left + right
+    virtual = total - left
+    error = (left - (total - virtual)) + (right - virtual)
+    error = jnp.where(jnp.isfinite(total), error, 0)
+    return total, jax.lax.stop_gradient(error)
+
+
+class LabelStatistics(NamedTuple):
+    """Per row, of size 1 along the class axis.
+
+    The probability of a rival j is exp(x_j − pivot)·rival_scale.
+    """
+
+    loss: jax.Array  # log-normaliser − label's logit
+    log_normalizer: jax.Array
+    largest: jax.Array  # the largest logit
+    log_mass: jax.Array  # log-normaliser − largest
+    pivot: jax.Array  # the best rival, 0 where there is none
+    rival_scale: jax.Array
+    rival_mass: jax.Array  # 1 − p_y
+    label_mass: jax.Array  # p_y
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def label_statistics(inputs: Masked, labels: jax.Array, axis: int) -> LabelStatistics:
+    """Returns the statistics of rows with one label each, without cancellation.
+
+    Args:
+      inputs: the logits and their masks.
+      labels: int32 class ids, of size 1 along `axis`; a negative id is an id outside
+        the classes and makes the whole row NaN.
+      axis: the class axis, negative.
+    """
+    index = class_index(inputs.logits, axis)
+    operands = (inputs, index, labels)
+    best_rival = jax.lax.stop_gradient(
+        max_classes(
+            lambda inputs, index, labels: jnp.where(
+                index == labels, -jnp.inf, masked(inputs)
+            ),
+            operands,
+            axis,
+        )
+    )
+    label_logit = sum_classes(
+        lambda inputs, index, labels: jnp.where(index == labels, masked(inputs), 0),
+        operands,
+        axis,
+    )
+    # +inf − +inf hides in exp(−inf) = 0: what is undefined is made NaN here.
+    undefined = (labels < 0) | (label_logit == jnp.inf)
+    label_logit = jnp.where(undefined, jnp.nan, label_logit)
+    pivot = jnp.where(best_rival == -jnp.inf, 0, best_rival)
+    rivals = sum_classes(
+        lambda inputs, index, labels, pivot: jnp.where(
+            index == labels, 0, jnp.exp(masked(inputs) - pivot)
+        ),
+        (*operands, pivot),
+        axis,
+    )
+    # How far the best rival is ahead: the one subtraction, done without error.
+    lead, error = two_sum(best_rival, -label_logit)
+    wins = lead <= 0
+    shrink = jnp.exp(jnp.where(wins, lead, -lead)) * (
+        1 + jnp.where(wins, error, -error)
+    )
+    odds = rivals * jnp.where(wins, shrink, 1)
+    total = odds + jnp.where(wins, 1, shrink)
+    log_mass = jnp.where(wins, jnp.log1p(odds), jnp.log(total))
+    largest = jnp.where(wins, label_logit, best_rival)
+    return LabelStatistics(
+        loss=jnp.where(wins, log_mass, lead + (log_mass + error)),
+        log_normalizer=largest + log_mass,
+        largest=largest,
+        log_mass=log_mass,
+        pivot=pivot,
+        rival_scale=jnp.where(wins, shrink, 1) / total,
+        rival_mass=odds / total,
+        label_mass=jnp.where(wins, 1, shrink) / total,
+    )
+
+
+class TargetStatistics(NamedTuple):
+    """Per row, of size 1 along the class axis; T is the sum of the row's targets."""
+
+    loss: jax.Array  # Σ t_j (log-normaliser − x_j)
+    log_normalizer: jax.Array
+    largest: jax.Array  # the largest logit
+    excess: jax.Array  # r: Σ exp(x_j − largest) − 1
+    total: jax.Array  # T
+    rest: jax.Array  # T without the targets of the largest logits
+    unique: jax.Array  # whether one class alone has the largest logit
+
+
+@functools.partial(jax.jit, static_argnames="axis")
+def target_statistics(
+    inputs: Masked, targets: jax.Array, axis: int
+) -> TargetStatistics:
+    """Returns the statistics of rows with a target for every class.
+
+    Args:
+      inputs: the logits and their masks.
+      targets: of the logits' shape, in the accumulation dtype, 0 where dropped.
+      axis: the class axis, negative.
+    """
+    largest = max_classes(masked, (inputs,), axis)
+    operands = (inputs, targets, largest)
+
+    def over(term: Callable[..., jax.Array]) -> jax.Array:
+        return sum_classes(
+            lambda inputs, *others: term(masked(inputs), *others), operands, axis
+        )
+
+    # `values < top` is False for a NaN, which so reaches the sum of the ties.
+    below = over(lambda x, t, top: jnp.where(x < top, jnp.exp(x - top), 0))
+    ties = over(lambda x, t, top: jnp.where(x < top, 0, jnp.exp(x - top)))
+    rest = over(lambda x, t, top: jnp.where(x < top, t, 0))
+    total = rest + over(lambda x, t, top: jnp.where(x < top, 0, t))
+    # 0·inf is never formed: a class without a target adds nothing.
+    gap = over(lambda x, t, top: jnp.where(t == 0, 0, t * (top - x)))
+    excess = below + (ties - 1)
+    log_mass = jnp.log1p(excess)
+    return TargetStatistics(
+        loss=gap + total * log_mass,
+        log_normalizer=largest + log_mass,
+        largest=largest,
+        excess=excess,
+        total=total,
+        rest=rest,
+        unique=ties == 1,
+    )
+
+
+def target_gradient(
+    values: jax.Array, targets: jax.Array, statistics: TargetStatistics
+) -> jax.Array:
+    """Returns T·softmax(x) − t, elementwise.
+
+    At the largest logit k it is (Σ_{j≠k} t_j − t_k·r) / (1 + r), which keeps the digits
+    that T·p_k − t_k loses when the target sits on a class that wins.
+    """
+    excess, largest = statistics.excess, statistics.largest
+    scale = 1 / (1 + excess)
+    plain = statistics.total * (jnp.exp(values - largest) * scale) - targets
+    at_top = (statistics.rest - targets * excess) * scale
+    return jnp.where((values >= largest) & statistics.unique, at_top, plain)

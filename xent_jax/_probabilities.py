@@ -1,0 +1,208 @@
+"""Losses of numbers that are already normalised: log-probabilities, probabilities."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from xent_jax import _arguments, _checks, _numerics
+from xent_jax._arguments import Axis
+from xent_jax._numerics import Masked, accumulation_dtype
+
+
+def nll_loss(
+    log_probs: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    class_weights: ArrayLike | None = None,
+) -> jax.Array:
+    """Negative log-likelihood of integer class ids under log-probabilities, in nats.
+
+        loss[n] = −class_weights[labels[n]]·log_probs[n, labels[n]]
+
+    `log_probs` are used as they are: `nll_loss(jax.nn.log_softmax(x), y)` is
+    PyTorch's way to write `softmax_cross_entropy_with_integer_labels(x, y)`, which is
+    more accurate for confident rows (the log-softmax has rounded the loss away).
+
+    Args:
+      log_probs: `float[..., V]`. Normalised log-probabilities.
+      labels: `int[...]`, the shape of `log_probs` without `axis`. Class ids in
+        `[0, V)`; any other id gives NaN in the loss and in that row's gradient, unless
+        `where` drops the row.
+      axis: The axis of the classes, or several, or `None` for all of them.
+      where: `bool`, of the batch's shape (rows that count; a dropped row has loss and
+        gradient exactly 0, whatever it holds) or of the shape of `log_probs` (classes
+        that count; a label that names a dropped class has loss `+inf`).
+      class_weights: `float[V]`. Multiplies each row's loss by the weight of its label.
+
+    Returns:
+      `float32[...]` (float64 for float64 input), one loss per example. Differentiable
+      by `log_probs` and `class_weights`.
+
+    Raises:
+      TypeError: `log_probs` are not floating, `labels` not integers, `where` is not
+        boolean.
+      ValueError: A shape differs from what is said here, an axis does not exist, there
+        are no classes.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from xent_jax import nll_loss
+      >>> jnp.set_printoptions(precision=4)
+      >>> log_probs = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]]))
+      >>> print(nll_loss(log_probs, jnp.array([0, 2])))
+      [0.6931 0.2231]
+    """
+    function = "nll_loss"
+    array, layout = _arguments.read_logits(function, "log_probs", log_probs, axis)
+    keep = _arguments.read_where(layout, where)
+    ids = _arguments.read_class_ids(layout, labels, keep)
+    weights = _arguments.read_class_weights(layout, class_weights, array.dtype)
+    inputs = Masked(array, keep.classes, keep.rows)
+    values = _numerics.masked(inputs)
+    # A bad id hits every class, with NaN, so that its whole gradient row is NaN.
+    hit = (_numerics.class_index(array, layout.axis) == ids) | (ids < 0)
+    coefficients = jnp.where(ids < 0, jnp.nan, -jnp.ones_like(values))
+    if weights is not None:
+        coefficients = coefficients * weights
+    present = hit & (coefficients != 0)
+    product = jnp.where(present, coefficients * jnp.where(present, values, 0), 0)
+    loss = jnp.sum(product, axis=layout.axis, keepdims=True)
+    return layout.squeeze(_numerics.zero_where_dropped(loss, inputs))
+
+
+def categorical_cross_entropy(
+    probs: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    epsilon: float = 1e-7,
+) -> jax.Array:
+    """Cross-entropy between probabilities and dense targets, in nats (Keras's form).
+
+        loss[n] = −Σ_v labels[n, v]·log clip(probs[n, v] / Σ_u probs[n, u])
+
+    with clipping to [epsilon, 1 − epsilon]. Prefer the logits: rounding a probability
+    to float32 has already lost what a confident row's loss consists of (p = 0.99983
+    leaves 3 digits of a loss of 1.7e-4), and no loss can bring it back.
+
+    The gradient is that of the logarithm at the clipped probability, `−labels / p`,
+    also where clipping took place: a label of probability 0 pulls with 1/epsilon, and
+    not with the 0 that differentiating the clip would give.
+
+    Args:
+      probs: `float[..., V]`. Non-negative; divided by their sum first. A row whose sum
+        is 0 is NaN.
+      labels: `[..., V]`, the shape of `probs`. Target mass of each class.
+      axis: The axis of the classes, or several, or `None` for all of them.
+      where: `bool`, of the batch's shape (rows that count; a dropped row has loss and
+        gradient exactly 0) or of the shape of `probs` (classes that count; a dropped
+        class is left out of the sum and its target mass is not counted).
+      epsilon: In (0, 0.5).
+
+    Returns:
+      `float32[...]` (float64 for float64 input), one loss per example. Differentiable
+      by `probs` and `labels`.
+
+    Raises:
+      TypeError: `probs` are not floating, `where` is not boolean, `epsilon` is not a
+        real number.
+      ValueError: A shape differs from what is said here, an axis does not exist, there
+        are no classes, `epsilon` is out of its range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from xent_jax import categorical_cross_entropy
+      >>> jnp.set_printoptions(precision=4)
+      >>> probs = jnp.array([[0.7, 0.2, 0.1], [0.05, 0.95, 0.0]])
+      >>> labels = jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+      >>> print(categorical_cross_entropy(probs, labels))
+      [0.3567 0.0513]
+    """
+    function = "categorical_cross_entropy"
+    array, layout = _arguments.read_logits(function, "probs", probs, axis)
+    keep = _arguments.read_where(layout, where)
+    targets = _arguments.read_targets(layout, labels, array.dtype)
+    _checks.check_number(function, "epsilon", epsilon, 0, 0.5, inside=True)
+    inputs = Masked(array, keep.classes, keep.rows)
+    values = array.astype(targets.dtype)
+    if keep.classes is not None:
+        values = jnp.where(keep.classes, values, 0)
+    if keep.rows is not None:
+        values = jnp.where(keep.rows, values, 1)
+    targets = _numerics.zero_where_dropped(targets, inputs)
+    values = values / jnp.sum(values, axis=layout.axis, keepdims=True)
+    surprise = -jnp.log(_clip(values, epsilon))
+    product = jnp.where(targets == 0, 0, targets) * surprise
+    loss = jnp.sum(product, axis=layout.axis, keepdims=True)
+    return layout.squeeze(_numerics.zero_where_dropped(loss, inputs))
+
+
+def binary_cross_entropy(
+    probs: ArrayLike,
+    labels: ArrayLike,
+    where: ArrayLike | None = None,
+    *,
+    epsilon: float = 1e-7,
+) -> jax.Array:
+    """Binary cross-entropy between probabilities and labels, elementwise, in nats.
+
+        loss = −labels·log p − (1 − labels)·log(1 − p),  p = clip(probs)
+
+    with clipping to [epsilon, 1 − epsilon] (Keras's form). Prefer
+    `sigmoid_binary_cross_entropy` on the logits: rounding a probability near 1 to
+    float32 has already lost what the loss consists of.
+
+    The gradient is `(1 − labels) / (1 − p) − labels / p` at the clipped p, also where
+    clipping took place: an element that is wrong with certainty still learns.
+
+    Args:
+      probs: `float[...]`. Probabilities of the positive answer.
+      labels: `[...]`, the shape of `probs`. In [0, 1].
+      where: `bool[...]`, the shape of `probs`. Elements that count; a dropped element
+        has loss and gradient exactly 0, whatever it holds.
+      epsilon: In (0, 0.5).
+
+    Returns:
+      `float32[...]` (float64 for float64 input), the shape of `probs`. Differentiable
+      by `probs` and `labels`.
+
+    Raises:
+      TypeError: `probs` are not floating, `where` is not boolean, `epsilon` is not a
+        real number.
+      ValueError: The shapes differ, or `epsilon` is out of its range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from xent_jax import binary_cross_entropy
+      >>> jnp.set_printoptions(precision=4)
+      >>> probs = jnp.array([0.9, 0.2, 0.0])
+      >>> print(binary_cross_entropy(probs, jnp.array([1.0, 0.0, 1.0])))
+      [ 0.1054  0.2231 16.1181]
+    """
+    function = "binary_cross_entropy"
+    array = jnp.asarray(probs)
+    _checks.check_floating(function, "probs", array)
+    targets = jnp.asarray(labels)
+    _checks.check_real(function, "labels", targets)
+    meaning = "that of probs"
+    _checks.check_shape(function, "labels", targets, array.shape, meaning)
+    _checks.check_number(function, "epsilon", epsilon, 0, 0.5, inside=True)
+    values = array.astype(accumulation_dtype(array.dtype))
+    targets = targets.astype(values.dtype)
+    keep = None if where is None else jnp.asarray(where)
+    if keep is not None:
+        _checks.check_boolean(function, "where", keep)
+        _checks.check_shape(function, "where", keep, array.shape, meaning)
+        values, targets = jnp.where(keep, values, 0.5), jnp.where(keep, targets, 0)
+    values = _clip(values, epsilon)
+    loss = -targets * jnp.log(values) - (1 - targets) * jnp.log1p(-values)
+    return loss if keep is None else jnp.where(keep, loss, 0)
+
+
+def _clip(probs: jax.Array, epsilon: float) -> jax.Array:
+    """Clips to [epsilon, 1 − epsilon]; the derivative is 1 everywhere."""
+    clipped = jnp.clip(probs, epsilon, 1 - epsilon)
+    return probs + jax.lax.stop_gradient(clipped - probs)

@@ -1,0 +1,56 @@
+"""The mean that a training loop takes of per-example losses."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from xent_jax import _checks
+from xent_jax._numerics import accumulation_dtype
+
+
+def weighted_mean(values: ArrayLike, weights: ArrayLike | None = None) -> jax.Array:
+    """Weighted mean of per-example losses; 0 when nothing counts.
+
+        Σ weights·values / Σ weights
+
+    With the mask that a loss was given as `where`, this is the mean over the examples
+    that count: `weighted_mean(loss, mask)`. It is not PyTorch's mean under class
+    weights, whose denominator is the sum of the labels' weights over the kept rows:
+    `loss.sum() / where(keep, w[where(keep, labels, 0)], 0).sum()`.
+
+    Args:
+      values: `float[...]`. One number an example.
+      weights: `[...]`, the shape of `values`; real numbers or a boolean mask. `None`
+        weighs all alike. An entry of weight 0 adds nothing, an inf or a NaN included.
+
+    Returns:
+      `float32[]` (float64 for float64 values). Exactly 0, with gradient 0, when the
+      weights sum to 0 or there are no values. Differentiable by both arguments.
+
+    Raises:
+      TypeError: `values` are not floating, or `weights` are complex.
+      ValueError: The shapes differ.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from xent_jax import weighted_mean
+      >>> loss = jnp.array([1.0, 3.0, jnp.nan])
+      >>> print(weighted_mean(loss, jnp.array([True, True, False])))
+      2.0
+    """
+    function = "weighted_mean"
+    array = jnp.asarray(values)
+    _checks.check_floating(function, "values", array)
+    array = array.astype(accumulation_dtype(array.dtype))
+    if weights is None:
+        scale = jnp.ones_like(array)
+    else:
+        scale = jnp.asarray(weights)
+        _checks.check_real(function, "weights", scale)
+        _checks.check_shape(function, "weights", scale, array.shape, "that of values")
+        scale = scale.astype(array.dtype)
+    # A finite value of weight 0 stays, so that the gradient by its weight is true.
+    absent = (scale == 0) & ~jnp.isfinite(array)
+    total = jnp.sum(scale * jnp.where(absent, 0, array))
+    mass = jnp.sum(scale)
+    return jnp.where(mass == 0, 0, total / jnp.where(mass == 0, 1, mass))

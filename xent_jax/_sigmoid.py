@@ -1,0 +1,189 @@
+"""Sigmoid (binary) cross-entropy."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from xent_jax import _arguments, _checks
+from xent_jax._numerics import accumulation_dtype
+
+
+def sigmoid_binary_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    pos_weight: ArrayLike | None = None,
+    label_smoothing: ArrayLike = 0.0,
+) -> jax.Array:
+    """Binary cross-entropy between logits and labels in [0, 1], elementwise, in nats.
+
+        loss = pos_weight·t·log(1 + exp(−logits)) + (1 − t)·log(1 + exp(logits))
+        t = (1 − label_smoothing)·labels + label_smoothing / 2
+
+    Use it for yes-or-no questions that are not exclusive: several labels an example.
+    Every element costs one `exp` and one `log1p`; both terms are non-negative, so
+    confident elements lose no digits. The gradient,
+    `(1 − t)·σ(x) − pos_weight·t·σ(−x)`, keeps logits and labels.
+
+    Args:
+      logits: `float[...]`. At ±inf, loss and gradient are the limits.
+      labels: `[...]`, the shape of `logits`. Integer and boolean labels are taken as
+        numbers.
+      where: `bool[...]`, the shape of `logits`. Elements that count; a dropped element
+        has loss and gradient exactly 0, whatever it holds.
+      pos_weight: `float[]`, `float[C]` for the last axis, or `float[...]` of the shape
+        of `logits`. Multiplies the loss of the positive part, as in PyTorch.
+      label_smoothing: In [0, 1]. Pulls the labels towards 1/2, as in Keras.
+
+    Returns:
+      `float32[...]` (float64 for float64 logits), the shape of `logits`: sum or average
+      over the questions of an example as the task asks. Differentiable by every
+      floating argument, in every mode and order.
+
+    Raises:
+      TypeError: `logits` are not floating, `where` is not boolean, an option is not a
+        real number.
+      ValueError: A shape differs from what is said here (labels of shape (N, 1) for
+        logits of shape (N,) are refused, not broadcast to (N, N)), or
+        `label_smoothing` is out of its range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from xent_jax import sigmoid_binary_cross_entropy
+      >>> jnp.set_printoptions(precision=4)
+      >>> logits = jnp.array([2.0, -1.0, 40.0])
+      >>> labels = jnp.array([1.0, 0.0, 1.0])
+      >>> print(sigmoid_binary_cross_entropy(logits, labels))
+      [1.2693e-01 3.1326e-01 4.2484e-18]
+
+    References:
+      Bishop, *Pattern Recognition and Machine Learning*, section 4.3.2.
+    """
+    function = "sigmoid_binary_cross_entropy"
+    array = jnp.asarray(logits)
+    _checks.check_floating(function, "logits", array)
+    dtype = accumulation_dtype(array.dtype)
+    targets = jnp.asarray(labels)
+    _checks.check_real(function, "labels", targets)
+    meaning = "that of logits"
+    _checks.check_shape(function, "labels", targets, array.shape, meaning)
+    targets = targets.astype(dtype)
+    keep = None if where is None else jnp.asarray(where)
+    if keep is not None:
+        _checks.check_boolean(function, "where", keep)
+        _checks.check_shape(function, "where", keep, array.shape, meaning)
+    smoothing = _arguments.read_scalar(
+        function, "label_smoothing", label_smoothing, dtype, highest=1
+    )
+    if smoothing is not None:
+        targets = (1 - smoothing) * targets + smoothing / 2
+    weight = None if pos_weight is None else _read_pos_weight(pos_weight, array)
+    return _binary_terms(array, targets, weight, keep)
+
+
+def _read_pos_weight(pos_weight: ArrayLike, logits: jax.Array) -> jax.Array:
+    """Returns the weight in the accumulation dtype, of the rank of the logits."""
+    function = "sigmoid_binary_cross_entropy"
+    weight = jnp.asarray(pos_weight)
+    _checks.check_real(function, "pos_weight", weight)
+    if weight.shape not in ((), logits.shape[-1:], logits.shape):
+        expected = f"have shape (), {logits.shape[-1:]} or {logits.shape}"
+        _checks.fail(ValueError, function, "pos_weight", expected, weight.shape)
+    missing = tuple(range(logits.ndim - weight.ndim))
+    return jnp.expand_dims(weight.astype(accumulation_dtype(logits.dtype)), missing)
+
+
+class _Parts(NamedTuple):
+    """What value and derivatives are made of, elementwise."""
+
+    positive: jax.Array  # the weighted target of the positive class
+    negative: jax.Array  # the target of the negative class
+    ahead: jax.Array  # whether logits >= 0
+    size: jax.Array  # |logits|
+    small: jax.Array  # exp(−|logits|)
+
+
+def _parts(
+    logits: jax.Array,
+    targets: jax.Array,
+    weight: jax.Array | None,
+    keep: jax.Array | None,
+) -> _Parts:
+    values = logits.astype(targets.dtype)
+    if keep is not None:
+        values, targets = jnp.where(keep, values, 0), jnp.where(keep, targets, 0)
+    ahead = values >= 0
+    # Not jnp.abs, whose derivative at 0 is 0: the second derivative there is 1/4.
+    size = jnp.where(ahead, values, -values)
+    positive = targets if weight is None else weight * targets
+    return _Parts(positive, 1 - targets, ahead, size, jnp.exp(-size))
+
+
+def _kept(values: jax.Array, keep: jax.Array | None) -> jax.Array:
+    return values if keep is None else jnp.where(keep, values, 0)
+
+
+@jax.custom_jvp
+def _binary_terms(
+    logits: jax.Array,
+    targets: jax.Array,
+    weight: jax.Array | None,
+    keep: jax.Array | None,
+) -> jax.Array:
+    parts = _parts(logits, targets, weight, keep)
+    losing = jnp.where(parts.ahead, parts.negative, parts.positive)
+    linear = jnp.where(losing == 0, 0, losing * parts.size)
+    total = parts.positive + parts.negative
+    return _kept(total * jnp.log1p(parts.small) + linear, keep)
+
+
+@functools.partial(_binary_terms.defjvp, symbolic_zeros=True)
+def _binary_terms_jvp(
+    primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    dots = [
+        None if isinstance(dot, jax.custom_derivatives.SymbolicZero) else dot
+        for dot in tangents
+    ]
+    rule = jax.checkpoint(_binary_terms_dot, prevent_cse=False)
+    return _binary_terms(*primals), rule(*primals, *dots[:3])
+
+
+def _binary_terms_dot(
+    logits: jax.Array,
+    targets: jax.Array,
+    weight: jax.Array | None,
+    keep: jax.Array | None,
+    logits_dot: jax.Array | None,
+    targets_dot: jax.Array | None,
+    weight_dot: jax.Array | None,
+) -> jax.Array:
+    """Returns the tangent of the loss, linear in the three directions."""
+    parts = _parts(logits, targets, weight, keep)
+    log_mass = jnp.log1p(parts.small)
+    loss = jnp.zeros_like(parts.small)
+    if logits_dot is not None:
+        winner = 1 / (1 + parts.small)
+        loser = parts.small * winner
+        sigmoid = jnp.where(parts.ahead, winner, loser)
+        complement = jnp.where(parts.ahead, loser, winner)
+        gradient = parts.negative * sigmoid - parts.positive * complement
+        loss += _kept(gradient, keep) * _kept(logits_dot.astype(loss.dtype), keep)
+    if targets_dot is not None:
+        # pos_weight·softplus(−x) − softplus(x); without a weight this is −x.
+        signed = jnp.where(parts.ahead, -parts.size, parts.size)
+        if weight is not None:
+            signed = jnp.where(parts.ahead, -parts.size, weight * parts.size)
+            signed = signed + (weight - 1) * log_mass
+        loss += _kept(signed, keep) * _kept(targets_dot, keep)
+    if weight_dot is not None:
+        softplus = log_mass + jnp.where(parts.ahead, 0, parts.size)
+        share = jnp.where(targets == 0, 0, targets * softplus)
+        loss += _kept(share, keep) * _kept(
+            jnp.broadcast_to(weight_dot, loss.shape), keep
+        )
+    return loss

@@ -1,0 +1,253 @@
+"""Softmax cross-entropy for dense targets and for class ids."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from xent_jax import _arguments, _numerics, _terms
+from xent_jax._arguments import Axis, Keep, Layout
+from xent_jax._numerics import Masked
+
+
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    z_loss: ArrayLike = 0.0,
+) -> jax.Array:
+    """Softmax cross-entropy between logits and dense targets, in nats.
+
+        loss[n] = Σ_v t[n, v]·(log Σ_u exp(logits[n, u]) − logits[n, v])
+        t[n, v] = class_weights[v]·((1 − label_smoothing)·labels[n, v]
+                                    + label_smoothing / V)
+
+    Use it for soft targets: mixed-up, distilled or Sinkhorn targets, or one-hot rows.
+    Rows of targets need not sum to one: value and gradient `(Σt)·softmax(x) − t` are
+    right for any sum. For class ids,
+    `softmax_cross_entropy_with_integer_labels` needs no [N, V] targets.
+
+    Cost: the logits and labels are read twice for the value and once more for the
+    gradient. The gradient keeps the logits, the targets and a few numbers a row.
+
+    Args:
+      logits: `float[..., V]`. Unnormalised log-probabilities. `-inf` is a class of
+        probability 0; a NaN, a `+inf` or a row of `-inf` only makes that row NaN.
+      labels: `[..., V]`, the shape of `logits`. Target mass of each class. Integer and
+        boolean arrays are taken as numbers (a one-hot mask).
+      axis: The axis of the classes, or several, or `None` for all of them.
+      where: `bool`, of the batch's shape (rows that count; a dropped row has loss and
+        gradient exactly 0, whatever it holds) or of the shape of `logits` (classes that
+        count; a dropped class has probability 0 and its target mass is not counted; a
+        row with nothing kept has loss and gradient 0).
+      label_smoothing: In [0, 1]. Spread over the V (kept) classes.
+      class_weights: `float[V]`. Multiplies the targets, smoothing term included.
+      z_loss: Non-negative coefficient of `log_normalizer²`, which is added.
+
+    Returns:
+      `float32[...]` (float64 for float64 logits), one loss per example. Differentiable
+      by `logits`, `labels` (`−log softmax(logits)`), `class_weights`,
+      `label_smoothing` and `z_loss`, in every mode and order.
+
+    Raises:
+      TypeError: `logits` are not floating, `where` is not boolean, an option is not a
+        real number.
+      ValueError: A shape differs from what is said here (nothing is broadcast), an axis
+        does not exist, there are no classes, an option is out of its range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from xent_jax import softmax_cross_entropy
+      >>> jnp.set_printoptions(precision=4)
+      >>> logits = jnp.array([[1.2, -0.8, -0.5], [0.9, -1.2, 1.1]])
+      >>> labels = jnp.array([[0.9, 0.1, 0.0], [0.0, 1.0, 0.0]])
+      >>> print(softmax_cross_entropy(logits, labels))
+      [0.4761 2.9518]
+
+    References:
+      Bishop, *Pattern Recognition and Machine Learning*, section 4.3.4.
+      Szegedy et al., *Rethinking the Inception Architecture*, 2016 (smoothing).
+      Chowdhery et al., *PaLM*, 2022, section 5 (z-loss).
+    """
+    function = "softmax_cross_entropy"
+    array, layout = _arguments.read_logits(function, "logits", logits, axis)
+    keep = _arguments.read_where(layout, where)
+    targets = _arguments.read_targets(layout, labels, array.dtype)
+    smoothing = _arguments.read_scalar(
+        function, "label_smoothing", label_smoothing, array.dtype, highest=1
+    )
+    weights = _arguments.read_class_weights(layout, class_weights, array.dtype)
+    coefficient = _arguments.read_scalar(function, "z_loss", z_loss, array.dtype)
+    if smoothing is not None:
+        count = _count_classes(array, layout, keep)
+        targets = (1 - smoothing) * targets + smoothing / count
+    if weights is not None:
+        targets = weights * targets
+    terms = _terms.target_terms(layout.axis, array, targets, keep.classes, keep.rows)
+    loss = terms.loss
+    if coefficient is not None:
+        loss = loss + coefficient * jnp.square(terms.log_normalizer)
+    return layout.squeeze(loss)
+
+
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    *,
+    label_smoothing: ArrayLike = 0.0,
+    class_weights: ArrayLike | None = None,
+    z_loss: ArrayLike = 0.0,
+) -> jax.Array:
+    """Softmax cross-entropy between logits and integer class ids, in nats.
+
+        loss[n] = log Σ_v exp(logits[n, v]) − logits[n, labels[n]]
+
+    With options, the targets are those of `softmax_cross_entropy` for one-hot labels,
+    without a one-hot array. Confident rows keep their loss and their gradient: the
+    label is left out of the normaliser instead of being subtracted from it.
+
+    Cost: the logits are read twice for the value and once more for the gradient (a
+    third time for the value with `label_smoothing`). The gradient keeps the logits and
+    a few numbers a row.
+
+    Args:
+      logits: `float[..., V]`. Unnormalised log-probabilities. `-inf` is a class of
+        probability 0 (loss `+inf` if it is the label); a NaN, a `+inf` or a row of
+        `-inf` only makes that row NaN.
+      labels: `int[...]`, the shape of `logits` without `axis`. Class ids in `[0, V)`;
+        any other id gives NaN in the loss and in that row's gradient, unless `where`
+        drops the row: PyTorch's `ignore_index=-100` is `where=labels != -100`.
+      axis: The axis of the classes, or several (an id is then the row-major index over
+        them in the order named), or `None` for all of them.
+      where: `bool`, of the batch's shape (rows that count; a dropped row has loss and
+        gradient exactly 0, whatever it holds) or of the shape of `logits` (classes that
+        count; a dropped class has probability 0, a label that names one has loss
+        `+inf`; a row with nothing kept has loss and gradient 0).
+      label_smoothing: In [0, 1]. Spread over the V (kept) classes.
+      class_weights: `float[V]`. Multiplies the targets, smoothing term included, as in
+        PyTorch, whose mean is then
+        `loss.sum() / where(keep, w[where(keep, labels, 0)], 0).sum()`.
+      z_loss: Non-negative coefficient of `log_normalizer²`, which is added.
+
+    Returns:
+      `float32[...]` (float64 for float64 logits), one loss per example. Differentiable
+      by `logits`, `class_weights`, `label_smoothing` and `z_loss`, in every mode and
+      order.
+
+    Raises:
+      TypeError: `logits` are not floating, `labels` not integers (booleans are not
+        class ids), `where` is not boolean, an option is not a real number.
+      ValueError: A shape differs from what is said here (nothing is broadcast), an axis
+        does not exist, there are no classes, an option is out of its range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from xent_jax import softmax_cross_entropy_with_integer_labels
+      >>> jnp.set_printoptions(precision=4)
+      >>> logits = jnp.array([[1.2, -0.8, -0.5], [0.9, -1.2, 1.1], [3.0, 1.0, 0.0]])
+      >>> labels = jnp.array([0, 1, -100])
+      >>> print(softmax_cross_entropy_with_integer_labels(logits, labels))
+      [0.2761 2.9518    nan]
+      >>> loss = softmax_cross_entropy_with_integer_labels(
+      ...     logits, labels, where=labels != -100
+      ... )
+      >>> print(loss)
+      [0.2761 2.9518 0.    ]
+
+    References:
+      Bishop, *Pattern Recognition and Machine Learning*, section 4.3.4.
+      Szegedy et al., *Rethinking the Inception Architecture*, 2016 (smoothing).
+      Chowdhery et al., *PaLM*, 2022, section 5 (z-loss).
+    """
+    function = "softmax_cross_entropy_with_integer_labels"
+    array, layout = _arguments.read_logits(function, "logits", logits, axis)
+    keep = _arguments.read_where(layout, where)
+    ids = _arguments.read_class_ids(layout, labels, keep)
+    smoothing = _arguments.read_scalar(
+        function, "label_smoothing", label_smoothing, array.dtype, highest=1
+    )
+    weights = _arguments.read_class_weights(layout, class_weights, array.dtype)
+    coefficient = _arguments.read_scalar(function, "z_loss", z_loss, array.dtype)
+    config = _terms.LabelConfig(
+        axis=layout.axis,
+        spread=smoothing is not None,
+        normalizer=coefficient is not None,
+    )
+    terms = _terms.label_terms(config, array, ids, weights, keep.classes, keep.rows)
+    loss = terms.loss
+    if weights is not None:
+        hit = _numerics.class_index(array, layout.axis) == ids
+        weight = jnp.sum(jnp.where(hit, weights, 0), axis=layout.axis, keepdims=True)
+        loss = _scaled(weight, loss)
+    if smoothing is not None:
+        count = _count_classes(array, layout, keep)
+        loss = _scaled(1 - smoothing, loss) + (smoothing / count) * terms.spread
+    if coefficient is not None:
+        loss = loss + coefficient * jnp.square(terms.log_normalizer)
+    return layout.squeeze(loss)
+
+
+def linearized_softmax_cross_entropy(
+    logits: ArrayLike, labels: ArrayLike, axis: Axis = -1
+) -> jax.Array:
+    """A surrogate with the gradient of `softmax_cross_entropy` and a cheaper form.
+
+        value[n] = Σ_v g[n, v]·logits[n, v],  g = stop_gradient((Σt)·softmax(x) − t)
+
+    Its gradient by `logits` is exactly `(Σt)·softmax(logits) − labels`; its value is
+    not a cross-entropy: it may be negative, and for targets that sum to one it differs
+    from it by the entropy of the softmax, `loss − value = H(softmax(logits))`. Some
+    self-supervised codes train on it. Second derivatives and derivatives by `labels`
+    are 0: the bracket is a constant.
+
+    Args:
+      logits: `float[..., V]`. Unnormalised log-probabilities. A class with `g = 0` adds
+        0, a logit of `-inf` included.
+      labels: `[..., V]`, the shape of `logits`. Target mass of each class.
+      axis: The axis of the classes, or several, or `None` for all of them.
+
+    Returns:
+      `float32[...]` (float64 for float64 logits), one value per example.
+
+    Raises:
+      TypeError: `logits` are not floating.
+      ValueError: The shapes of `logits` and `labels` differ, an axis does not exist,
+        there are no classes.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from xent_jax import linearized_softmax_cross_entropy
+      >>> jnp.set_printoptions(precision=4)
+      >>> logits = jnp.array([[1.0, 2.0, 3.0]])
+      >>> labels = jnp.array([[0.0, 1.0, 0.0]])
+      >>> print(linearized_softmax_cross_entropy(logits, labels))
+      [0.5752]
+    """
+    function = "linearized_softmax_cross_entropy"
+    array, layout = _arguments.read_logits(function, "logits", logits, axis)
+    targets = _arguments.read_targets(layout, labels, array.dtype)
+    inputs = Masked(array, None, None)
+    values = _numerics.masked(inputs)
+    statistics = _numerics.target_statistics(inputs, targets, layout.axis)
+    gradient = jax.lax.stop_gradient(
+        _numerics.target_gradient(values, targets, statistics)
+    )
+    product = jnp.where(gradient == 0, 0, gradient * values)
+    return layout.squeeze(jnp.sum(product, axis=layout.axis, keepdims=True))
+
+
+def _count_classes(array: jax.Array, layout: Layout, keep: Keep) -> jax.Array:
+    """Returns the number of kept classes a row, at least 1."""
+    inputs = Masked(array, keep.classes, keep.rows)
+    return jnp.maximum(_terms.total_weight(inputs, None, layout.axis), 1)
+
+
+def _scaled(coefficient: jax.Array, loss: jax.Array) -> jax.Array:
+    """Returns `coefficient·loss`, 0 where 0 meets an infinite loss."""
+    absent = (coefficient == 0) & jnp.isinf(loss)
+    return coefficient * jnp.where(absent, 0, loss)

@@ -1,0 +1,244 @@
+"""The differentiable terms of the softmax losses, with their derivatives.
+
+One core for class ids and one for dense targets, each a `jax.custom_jvp` over the
+statistics of `_numerics`. The rule of a core is the closed form "mean parameter minus
+target", wrapped in `jax.checkpoint`: forward mode, reverse mode and every nesting of
+the two follow from it, and reverse mode keeps the logits and a few numbers a row, but
+no softmax.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xent_jax import _numerics
+from xent_jax._numerics import LabelStatistics, Masked, TargetStatistics
+
+
+class LabelConfig(NamedTuple):
+    """What is static in the label core."""
+
+    axis: int
+    spread: bool  # whether the loss of evenly spread targets is wanted
+    normalizer: bool  # whether the log-normaliser is wanted
+
+
+class LabelTerms(NamedTuple):
+    """Per row, of size 1 along the class axis; `None` where not wanted."""
+
+    loss: jax.Array  # log-normaliser − x_y
+    spread: jax.Array | None  # Σ_j w_j (log-normaliser − x_j) over the kept classes
+    log_normalizer: jax.Array | None
+
+
+def _is_symbolic_zero(tangent: Any) -> bool:
+    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def label_terms(
+    config: LabelConfig,
+    logits: jax.Array,
+    labels: jax.Array,
+    class_weights: jax.Array | None,
+    keep_class: jax.Array | None,
+    keep_row: jax.Array | None,
+) -> LabelTerms:
+    """Returns the terms that the loss of integer labels is composed of.
+
+    Args:
+      config: static.
+      logits: floating, any dtype.
+      labels: int32, of size 1 along the class axis; negative where not a class.
+      class_weights: of size V along the class axis and 1 along the others.
+      keep_class: of the logits' shape.
+      keep_row: of size 1 along the class axis.
+    """
+    inputs = Masked(logits, keep_class, keep_row)
+    statistics = _numerics.label_statistics(inputs, labels, config.axis)
+    return _label_terms(config, inputs, class_weights, statistics)
+
+
+def _label_terms(
+    config: LabelConfig,
+    inputs: Masked,
+    class_weights: jax.Array | None,
+    statistics: LabelStatistics,
+) -> LabelTerms:
+    spread = None
+    if config.spread:
+        # Both terms are non-negative. A weight of 0 drops an infinite difference.
+        def difference(inputs: Masked, weights: Any, largest: Any) -> jax.Array:
+            below = largest - _numerics.masked(inputs)
+            if weights is not None:
+                below = jnp.where(weights == 0, 0, weights * below)
+            return _numerics.zero_where_dropped(below, inputs)
+
+        operands = (inputs, class_weights, statistics.largest)
+        below = _numerics.sum_classes(difference, operands, config.axis)
+        total = total_weight(inputs, class_weights, config.axis)
+        spread = below + total * statistics.log_mass
+    terms = LabelTerms(
+        statistics.loss,
+        spread,
+        statistics.log_normalizer if config.normalizer else None,
+    )
+    return jax.tree.map(lambda term: _numerics.zero_where_dropped(term, inputs), terms)
+
+
+def total_weight(
+    inputs: Masked, class_weights: jax.Array | None, axis: int
+) -> jax.Array:
+    """Returns the sum of the kept classes' weights, or their number, a row."""
+    dtype = _numerics.accumulation_dtype(inputs.logits.dtype)
+    if inputs.keep_class is None:
+        if class_weights is not None:
+            return jnp.sum(class_weights, axis=axis, keepdims=True)
+        count = jnp.asarray(inputs.logits.shape[axis], dtype)
+        return count.reshape((1,) * inputs.logits.ndim)
+    weights = jnp.ones((), dtype) if class_weights is None else class_weights
+    kept = jnp.where(inputs.keep_class, weights, jnp.zeros((), dtype))
+    return jnp.sum(kept, axis=axis, keepdims=True)
+
+
+@functools.partial(label_terms.defjvp, symbolic_zeros=True)
+def _label_terms_jvp(
+    config: LabelConfig, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[LabelTerms, LabelTerms]:
+    logits, labels, class_weights, keep_class, keep_row = primals
+    inputs = Masked(logits, keep_class, keep_row)
+    statistics = _numerics.label_statistics(inputs, labels, config.axis)
+    terms = _label_terms(config, inputs, class_weights, statistics)
+    logits_dot = None if _is_symbolic_zero(tangents[0]) else tangents[0]
+    weights_dot = None if _is_symbolic_zero(tangents[2]) else tangents[2]
+    rule = jax.checkpoint(
+        functools.partial(_label_terms_dot, config), prevent_cse=False
+    )
+    terms_dot = rule(inputs, labels, class_weights, statistics, logits_dot, weights_dot)
+    return terms, terms_dot
+
+
+def _label_terms_dot(
+    config: LabelConfig,
+    inputs: Masked,
+    labels: jax.Array,
+    class_weights: jax.Array | None,
+    statistics: LabelStatistics,
+    logits_dot: jax.Array | None,
+    weights_dot: jax.Array | None,
+) -> LabelTerms:
+    """Returns the tangents of the label terms, linear in the two directions."""
+    axis = config.axis
+    values = _numerics.masked(inputs)
+
+    def inner(coefficients: jax.Array, direction: jax.Array) -> jax.Array:
+        coefficients = _numerics.zero_where_dropped(coefficients, inputs)
+        return jnp.sum(coefficients * direction, axis=axis, keepdims=True)
+
+    zero = _numerics.zero_where_dropped(jnp.zeros_like(statistics.loss), inputs)
+    loss, normalizer, spread = zero, zero, zero
+    if logits_dot is not None:
+        direction = logits_dot.astype(values.dtype)
+        direction = _numerics.zero_where_dropped(direction, inputs)
+        hit = _numerics.class_index(values, axis) == labels
+        rival = jnp.exp(values - statistics.pivot) * statistics.rival_scale
+        loss = inner(jnp.where(hit, -statistics.rival_mass, rival), direction)
+        softmax = jnp.where(hit, statistics.label_mass, rival)
+        if config.normalizer:
+            normalizer = inner(softmax, direction)
+        if config.spread:
+            weights = 1 if class_weights is None else class_weights
+            total = total_weight(inputs, class_weights, axis)
+            spread = inner(total * softmax - weights, direction)
+    if config.spread and weights_dot is not None:
+        surprise = statistics.log_normalizer - values
+        direction = _numerics.zero_where_dropped(
+            jnp.broadcast_to(weights_dot, values.shape), inputs
+        )
+        spread = spread + inner(surprise, direction)
+    return LabelTerms(
+        loss,
+        spread if config.spread else None,
+        normalizer if config.normalizer else None,
+    )
+
+
+class TargetTerms(NamedTuple):
+    """Per row, of size 1 along the class axis."""
+
+    loss: jax.Array  # Σ_j t_j (log-normaliser − x_j)
+    log_normalizer: jax.Array
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def target_terms(
+    axis: int,
+    logits: jax.Array,
+    targets: jax.Array,
+    keep_class: jax.Array | None,
+    keep_row: jax.Array | None,
+) -> TargetTerms:
+    """Returns the terms that the loss of dense targets is composed of.
+
+    Args:
+      axis: the class axis, negative; static.
+      logits: floating, any dtype.
+      targets: of the logits' shape, in the accumulation dtype.
+      keep_class: of the logits' shape.
+      keep_row: of size 1 along the class axis.
+    """
+    inputs = Masked(logits, keep_class, keep_row)
+    targets = _numerics.zero_where_dropped(targets, inputs)
+    return _target_terms(inputs, _numerics.target_statistics(inputs, targets, axis))
+
+
+def _target_terms(inputs: Masked, statistics: TargetStatistics) -> TargetTerms:
+    terms = TargetTerms(statistics.loss, statistics.log_normalizer)
+    return jax.tree.map(lambda term: _numerics.zero_where_dropped(term, inputs), terms)
+
+
+@functools.partial(target_terms.defjvp, symbolic_zeros=True)
+def _target_terms_jvp(
+    axis: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[TargetTerms, TargetTerms]:
+    logits, targets, keep_class, keep_row = primals
+    inputs = Masked(logits, keep_class, keep_row)
+    kept = _numerics.zero_where_dropped(targets, inputs)
+    statistics = _numerics.target_statistics(inputs, kept, axis)
+    logits_dot = None if _is_symbolic_zero(tangents[0]) else tangents[0]
+    targets_dot = None if _is_symbolic_zero(tangents[1]) else tangents[1]
+    rule = jax.checkpoint(functools.partial(_target_terms_dot, axis), prevent_cse=False)
+    terms_dot = rule(inputs, targets, statistics, logits_dot, targets_dot)
+    return _target_terms(inputs, statistics), terms_dot
+
+
+def _target_terms_dot(
+    axis: int,
+    inputs: Masked,
+    targets: jax.Array,
+    statistics: TargetStatistics,
+    logits_dot: jax.Array | None,
+    targets_dot: jax.Array | None,
+) -> TargetTerms:
+    """Returns the tangents of the target terms, linear in the two directions."""
+    values = _numerics.masked(inputs)
+    targets = _numerics.zero_where_dropped(targets, inputs)
+
+    def inner(coefficients: jax.Array, direction: jax.Array) -> jax.Array:
+        coefficients = _numerics.zero_where_dropped(coefficients, inputs)
+        direction = _numerics.zero_where_dropped(direction, inputs)
+        return jnp.sum(coefficients * direction, axis=axis, keepdims=True)
+
+    zero = _numerics.zero_where_dropped(jnp.zeros_like(statistics.loss), inputs)
+    loss, normalizer = zero, zero
+    if logits_dot is not None:
+        direction = logits_dot.astype(values.dtype)
+        loss = inner(_numerics.target_gradient(values, targets, statistics), direction)
+        scale = 1 / (1 + statistics.excess)
+        normalizer = inner(jnp.exp(values - statistics.largest) * scale, direction)
+    if targets_dot is not None:
+        surprise = jnp.log1p(statistics.excess) + (statistics.largest - values)
+        loss = loss + inner(surprise, targets_dot)
+    return TargetTerms(loss, normalizer)

@@ -1,0 +1,220 @@
+"""chex assertions that a loss obeys its gradient law.
+
+The laws are written in NumPy float64 and run on the host, whatever device the loss runs
+on, so they share nothing with what they judge: a law is a value and its closed-form
+gradient, "mean parameter minus target". `assert_gradient_law` holds a loss to one of
+them in your own tests; `assert_law_differentiates` holds a law to finite differences.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+import xent_jax
+from xent_jax._laws import (
+    BINARY_LAW,
+    CATEGORICAL_LAW,
+    LINEARIZED_LAW,
+    NLL_LAW,
+    SIGMOID_LAW,
+    SOFTMAX_LAW,
+    Array,
+    Law,
+)
+
+__all__ = [
+    "BINARY_LAW",
+    "CATEGORICAL_LAW",
+    "LINEARIZED_LAW",
+    "NLL_LAW",
+    "SIGMOID_LAW",
+    "SOFTMAX_LAW",
+    "Law",
+    "assert_gradient_law",
+    "assert_law_differentiates",
+    "gradient_bound",
+    "law_of",
+    "relative_gradient",
+]
+
+
+def law_of(loss: Callable[..., Any]) -> Law:
+    """Returns the law of one of the package's losses.
+
+    Raises:
+      ValueError: `loss` is not one of them; name its law with `law=` then.
+    """
+    laws = {
+        xent_jax.softmax_cross_entropy: SOFTMAX_LAW,
+        xent_jax.softmax_cross_entropy_with_integer_labels: SOFTMAX_LAW,
+        xent_jax.linearized_softmax_cross_entropy: LINEARIZED_LAW,
+        xent_jax.sigmoid_binary_cross_entropy: SIGMOID_LAW,
+        xent_jax.nll_loss: NLL_LAW,
+        xent_jax.categorical_cross_entropy: CATEGORICAL_LAW,
+        xent_jax.binary_cross_entropy: BINARY_LAW,
+    }
+    if loss not in laws:
+        raise ValueError(
+            f"law_of: loss must be one of {sorted(known.__name__ for known in laws)}, "
+            f"got {loss!r}."
+        )
+    return laws[loss]
+
+
+def gradient_bound(dtype: jnp.dtype) -> float:
+    """Returns the bound on a gradient's error, relative to its row's largest entry.
+
+    4 ulp for float32 and float64; 0.52 ulp for narrower dtypes, whose gradient is
+    computed in float32 and rounded once.
+    """
+    ulp = float(jnp.finfo(dtype).eps)
+    return (4 if jnp.finfo(dtype).bits >= 32 else 0.52) * ulp
+
+
+def relative_gradient(gradient: ArrayLike, law: Array, axis: int | None) -> Array:
+    """Returns `gradient` in units of the largest entry of each row of the law.
+
+    Row by row, because the gradient of a confident row is small as a whole; a row whose
+    law is 0 is left as it is. `axis=None` takes every element as a row of its own.
+    """
+    scale = np.abs(law) if axis is None else np.abs(law).max(axis, keepdims=True)
+    return np.asarray(gradient).astype(np.float64) / np.where(scale == 0, 1, scale)
+
+
+def assert_gradient_law(
+    loss: Callable[..., jax.Array],
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    law: Law | None = None,
+    bound: float | None = None,
+    device: jax.Device | None = None,
+    **options: Any,
+) -> None:
+    """Asserts that the gradient of a loss is its closed form, on one device.
+
+    The gradient of `loss(logits, labels, **options).sum()` by the logits is compared,
+    in reverse mode (eager and jitted) and in forward mode, with the float64 closed form
+    of the same logits: `(Σt)·softmax(x) − t`, `σ(x) − t`, with masks, smoothing,
+    weights and z-loss if `options` say so.
+
+    Args:
+      loss: A function of logits and labels, one loss per example or element.
+      logits: `float[...]`.
+      labels: Class ids or targets, as `loss` takes them.
+      law: The law; that of `loss` if it is one of the package's.
+      bound: Largest error allowed, relative to the largest entry of the row;
+        `gradient_bound` of the logits' dtype unless given.
+      device: Where the loss runs; JAX's default device unless given.
+      **options: Passed to the loss and to the law.
+
+    Raises:
+      AssertionError: The gradient does not obey the law.
+      ValueError: `law` is missing and `loss` is not one of the package's.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import xent_jax
+      >>> from xent_jax.testing import assert_gradient_law
+      >>> assert_gradient_law(
+      ...     xent_jax.softmax_cross_entropy_with_integer_labels,
+      ...     jnp.array([[0.0, 25.0, 1.0]]),
+      ...     jnp.array([1]),
+      ... )
+    """
+    law = law_of(loss) if law is None else law
+    array = jax.device_put(jnp.asarray(logits), device)
+    targets = jax.device_put(jnp.asarray(labels), device)
+    expected = law.gradient(np.asarray(array), np.asarray(targets), **options)
+    axis = None if law in (SIGMOID_LAW, BINARY_LAW) else options.get("axis", -1)
+    chex.assert_shape(expected, array.shape)
+    unit = relative_gradient(expected, expected, axis)
+
+    def total(logits: jax.Array) -> jax.Array:
+        return loss(logits, targets, **options).sum()
+
+    gradients = {
+        "grad": jax.grad(total)(array),
+        "jit of grad": jax.jit(jax.grad(total))(array),
+    }
+    for mode, gradient in gradients.items():
+        chex.assert_equal_shape([gradient, array])
+        chex.assert_type(gradient, array.dtype)
+        compare = relative_gradient(gradient, expected, axis)
+        chex.assert_trees_all_close(
+            compare,
+            unit,
+            rtol=0,
+            atol=gradient_bound(array.dtype) if bound is None else bound,
+            custom_message=f"{mode} of {loss}",
+        )
+    # Forward mode, along the signs of the law: no term cancels another.
+    direction = jax.device_put(jnp.asarray(np.sign(expected), array.dtype), device)
+    _, slope = jax.jvp(total, (array,), (direction,))
+    size = np.abs(expected).sum()
+    chex.assert_trees_all_close(
+        float(slope) / (size or 1),
+        1.0 if size else 0.0,
+        rtol=0,
+        atol=gradient_bound(slope.dtype) if bound is None else bound,
+        custom_message=f"jvp of {loss}",
+    )
+
+
+def assert_law_differentiates(
+    law: Law,
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    step: float = 1e-5,
+    tolerance: float = 1e-8,
+    **options: Any,
+) -> None:
+    """Asserts that a law's gradient is the finite difference of its value, in float64.
+
+    Every entry is compared with a fourth-order central difference, on the host.
+
+    Args:
+      law: The law.
+      logits: `float[...]`, few: the value is computed four times an entry.
+      labels: Class ids or targets.
+      step: Of the difference.
+      tolerance: Largest absolute error allowed.
+      **options: Passed to the law.
+
+    Raises:
+      AssertionError: The law is not the gradient of its value.
+
+    Examples:
+      >>> import numpy as np
+      >>> from xent_jax.testing import SOFTMAX_LAW, assert_law_differentiates
+      >>> assert_law_differentiates(
+      ...     SOFTMAX_LAW, np.array([[0.0, 5.0, 1.0]]), np.array([1])
+      ... )
+    """
+    x = np.asarray(logits).astype(np.float64)
+
+    def value(x: Array) -> float:
+        return float(law.value(x, labels, **options).sum())
+
+    difference = np.zeros_like(x)
+    for entry in np.ndindex(x.shape):
+        near, far = (functools.partial(_moved, x, entry, step * k) for k in (1, 2))
+        inner = value(near(1)) - value(near(-1))
+        outer = value(far(1)) - value(far(-1))
+        difference[entry] = (8 * inner - outer) / (12 * step)
+    chex.assert_trees_all_close(
+        law.gradient(x, labels, **options), difference, rtol=0, atol=tolerance
+    )
+
+
+def _moved(x: Array, entry: tuple[int, ...], step: float, sign: int) -> Array:
+    moved = x.copy()
+    moved[entry] += sign * step
+    return moved

@@ -1,0 +1,427 @@
+"""Checks every loss on every device that JAX sees: `python -m xent_jax.verify`.
+
+Each loss, in each dtype, is evaluated eagerly, jitted and vmapped, differentiated in
+reverse and in forward mode, and held to its float64 law (`xent_jax.testing`); the laws
+are held to finite differences first. A table says how far off each loss is and how far
+it may be. The exit status is 1 when one is too far off, and 2 when a platform is asked
+for that JAX does not have.
+
+On a CPU the bounds are those of the package. Elsewhere they are widened by what the
+device's own `exp`, `log` and `log1p` are worse than the CPU's, measured first: the
+losses are sums and products of non-negative terms, so errors add up and never amplify.
+The error of a float32 dot product, which no loss of logits needs, is shown beside them:
+it is what the logits of a model come from.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import xent_jax
+from xent_jax import testing
+
+PLATFORMS = ("cpu", "gpu", "tpu")
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+MODES = ("eager", "jit", "vmap", "grad", "jvp")
+_ROWS, _CLASSES = 64, 96
+_ULP = float(np.finfo(np.float32).eps)
+# The largest errors of XLA:CPU's functions, in ulp of float32, that the bounds build
+# on, and how often each enters a loss (exp: in the rivals' sum and in the margin).
+_REFERENCE = {"exp": 1.0, "log": 1.2, "log1p": 2.5}
+_USES = {"exp": 2, "log": 1, "log1p": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A loss with inputs that stress it.
+
+    Attributes:
+      name: in the table.
+      loss: a function of the package.
+      inputs: in float64; rounded to the dtype under test before use.
+      labels: class ids or targets.
+      bound: on the error of a value, in ulp of float32.
+      scale: what a value's error is relative to where that is not the value itself.
+      slack: ulp of float32 to add to the bounds on derivatives.
+      where: rows that count.
+      options: further keywords of the loss.
+    """
+
+    name: str
+    loss: Callable[..., jax.Array]
+    inputs: np.ndarray
+    labels: np.ndarray
+    bound: float
+    scale: float = 0.0
+    slack: float = 0.0
+    where: np.ndarray | None = None
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether the loss is one number an element, not one a row."""
+        return testing.law_of(self.loss) in (testing.SIGMOID_LAW, testing.BINARY_LAW)
+
+
+class Result(NamedTuple):
+    """One loss in one dtype on one device; the errors are in ulp, by mode."""
+
+    device: str
+    loss: str
+    dtype: str
+    errors: dict[str, float]
+    bounds: dict[str, float]
+
+    @property
+    def worst(self) -> str:
+        """The mode nearest to its bound, or furthest beyond; a NaN is beyond all."""
+        ratios = {mode: self.errors[mode] / self.bounds[mode] for mode in self.errors}
+        return max(ratios, key=lambda mode: np.nan_to_num(ratios[mode], nan=np.inf))
+
+    @property
+    def ok(self) -> bool:
+        """Whether every error is a number within its bound."""
+        return all(self.errors[mode] <= self.bounds[mode] for mode in self.errors)
+
+
+def cases(highest_margin: float = 60.0) -> list[Case]:
+    """Returns the cases: confident, hopeless, soft, masked and weighted rows.
+
+    Args:
+      highest_margin: how far a label is ahead of its best rival at most; float16
+        cannot hold the gradient of more than 8.
+    """
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.standard_normal((_ROWS, _CLASSES))
+    ids = rng.integers(0, _CLASSES, _ROWS)
+    one_hot = np.arange(_CLASSES) == ids[:, None]
+    rivals = np.where(one_hot, -np.inf, logits).max(-1)
+    margins = np.linspace(-min(60.0, 4 * highest_margin), highest_margin, _ROWS)
+    confident = np.where(one_hot, (rivals + margins)[:, None], logits)
+    soft = rng.dirichlet(np.ones(_CLASSES), _ROWS)
+    probs = rng.dirichlet(np.ones(8), _ROWS) * 0.8 + 0.025
+    keep = np.arange(_ROWS) % 5 != 0
+    broken = np.where(keep[:, None], logits, np.nan)
+    weights = rng.uniform(0.5, 2.0, _CLASSES)
+    options = {
+        "label_smoothing": 0.1,
+        "class_weights": weights.astype(np.float32),
+        "z_loss": 1e-3,
+    }
+    sparse = xent_jax.softmax_cross_entropy_with_integer_labels
+    dense = xent_jax.softmax_cross_entropy
+    sigmoid = xent_jax.sigmoid_binary_cross_entropy
+    steep = np.linspace(-highest_margin, highest_margin, _ROWS * 8).reshape(_ROWS, 8)
+    answers = (rng.random((_ROWS, 8)) < 0.5).astype(np.float64)
+    picked = rng.integers(0, 8, _ROWS)
+    # The global maximum as the pivot rounds a label's margin: (margin + 10)·2⁻²⁴.
+    rounded = (highest_margin + 10) / 2
+    masked = {"where": keep, "options": options}
+    return [
+        Case("integer labels", sparse, confident, ids, 4),
+        Case("integer, options", sparse, broken, ids, 8, **masked),
+        Case("dense labels", dense, logits, soft, 6),
+        Case("dense one-hot", dense, confident, one_hot, rounded, slack=rounded - 4),
+        Case("dense, options", dense, broken, soft, 8, **masked),
+        Case(
+            "linearized",
+            xent_jax.linearized_softmax_cross_entropy,
+            logits,
+            soft,
+            8,
+            scale=10,
+        ),
+        Case("sigmoid", sigmoid, steep, answers, 3),
+        Case("pos_weight", sigmoid, steep, answers, 4, options={"pos_weight": 3}),
+        Case("nll", xent_jax.nll_loss, np.log(probs), picked, 2),
+        Case(
+            "categorical",
+            xent_jax.categorical_cross_entropy,
+            probs,
+            answers,
+            16,
+            scale=1,
+        ),
+        Case("binary", xent_jax.binary_cross_entropy, probs, answers, 16, scale=1),
+    ]
+
+
+def primitive_errors(device: jax.Device) -> dict[str, float]:
+    """Measures a device's own float32 functions: largest errors in ulp.
+
+    The dot product's is relative to the sum of the absolute products.
+    """
+    grid = np.linspace(0, 1, 1 << 16)
+    points = {
+        "exp": -87 * grid,
+        "log": np.exp(np.log(1e6) * grid),
+        "log1p": np.exp(np.log(1e-30) * (1 - grid)),
+    }
+    errors = {}
+    for name, exact in points.items():
+        argument = exact.astype(np.float32)
+        computed = jax.jit(getattr(jnp, name))(jax.device_put(argument, device))
+        truth = getattr(np, name)(argument.astype(np.float64))
+        spacing = np.spacing(np.abs(truth).astype(np.float32)).astype(np.float64)
+        off = np.abs(np.asarray(computed).astype(np.float64) - truth) / spacing
+        errors[name] = float(off.max())
+    rng = np.random.default_rng(0)
+    left, right = rng.standard_normal((2, 64, 512)).astype(np.float32)
+    computed = jax.jit(lambda a, b: jnp.dot(a, b.T))(
+        jax.device_put(left, device), jax.device_put(right, device)
+    )
+    left, right = left.astype(np.float64), right.astype(np.float64)
+    off = np.abs(np.asarray(computed) - left @ right.T)
+    errors["dot"] = float((off / (np.abs(left) @ np.abs(right).T)).max() / _ULP)
+    return errors
+
+
+class _Run(NamedTuple):
+    """A case on a device: its inputs there, and the law at the inputs as rounded."""
+
+    case: Case
+    inputs: jax.Array
+    labels: jax.Array
+    keep: jax.Array
+    value: np.ndarray
+    gradient: np.ndarray
+
+    @property
+    def axis(self) -> int | None:
+        """The axis along which a gradient row lies; none if elements are rows."""
+        return None if self.case.elementwise else -1
+
+    def loss(self, inputs: jax.Array, labels: jax.Array, keep: jax.Array) -> jax.Array:
+        """The loss of a batch, or of one example."""
+        mask = {} if self.case.where is None else {"where": keep}
+        return self.case.loss(inputs, labels, **mask, **self.case.options)
+
+    def of_inputs(self, inputs: jax.Array) -> jax.Array:
+        """The loss of the batch, by the inputs alone."""
+        return self.loss(inputs, self.labels, self.keep)
+
+
+def _prepare(case: Case, dtype: Any, device: jax.Device) -> _Run:
+    integer = case.labels.dtype.kind in "iu"
+    labels = case.labels if integer else case.labels.astype(np.float32)
+    keep = np.ones(_ROWS, bool) if case.where is None else case.where
+    inputs = jax.device_put(jnp.asarray(case.inputs, dtype), device)
+    options = case.options if case.where is None else case.options | {"where": keep}
+    law, exact = testing.law_of(case.loss), np.asarray(inputs)
+    return _Run(
+        case,
+        inputs,
+        jax.device_put(jnp.asarray(labels), device),
+        jax.device_put(jnp.asarray(keep), device),
+        law.value(exact, labels, **options),
+        law.gradient(exact, labels, **options),
+    )
+
+
+def _value_errors(run: _Run) -> dict[str, float]:
+    scale = np.maximum(np.abs(run.value), run.case.scale)
+    scale = np.where(scale == 0, 1, scale)
+    forms = {
+        "eager": run.loss,
+        "jit": jax.jit(run.loss),
+        "vmap": jax.jit(jax.vmap(run.loss)),
+    }
+    errors = {}
+    for mode, form in forms.items():
+        computed = np.asarray(form(run.inputs, run.labels, run.keep))
+        off = np.abs(computed.astype(np.float64) - run.value) / scale
+        errors[mode] = float(off.max() / _ULP)
+    return errors
+
+
+def _gradient_errors(run: _Run) -> dict[str, float]:
+    dtype = run.inputs.dtype
+    computed = jax.jit(jax.grad(lambda inputs: run.of_inputs(inputs).sum()))(run.inputs)
+    unit = testing.relative_gradient(run.gradient, run.gradient, run.axis)
+    compared = testing.relative_gradient(computed, run.gradient, run.axis)
+    grad = np.abs(compared - unit).max() / float(jnp.finfo(dtype).eps)
+    # Along the signs of the law no term of the slope cancels another.
+    direction = jax.device_put(
+        jnp.asarray(np.sign(run.gradient), dtype), run.keep.device
+    )
+    slope = jax.jit(lambda x, d: jax.jvp(run.of_inputs, (x,), (d,))[1])
+    computed = np.asarray(slope(run.inputs, direction)).astype(np.float64)
+    size = np.abs(run.gradient)
+    size = size if run.axis is None else size.sum(run.axis)
+    off = np.abs(computed - size) / np.where(size == 0, 1, size)
+    return {"grad": float(grad), "jvp": float(off.max() / _ULP)}
+
+
+def check(case: Case, dtype: Any, device: jax.Device, allowance: float) -> Result:
+    """Runs one case in every mode.
+
+    Args:
+      case: the loss and its inputs.
+      dtype: of the inputs of the loss.
+      device: where to run.
+      allowance: ulp of float32 to add to the bounds of the package.
+    """
+    run = _prepare(case, dtype, device)
+    own_ulp = float(jnp.finfo(dtype).eps)
+    slack = case.slack + allowance
+    grad = (testing.gradient_bound(dtype) + slack * _ULP) / own_ulp
+    return Result(
+        name_of(device),
+        case.name,
+        jnp.dtype(dtype).name,
+        _value_errors(run) | _gradient_errors(run),
+        dict.fromkeys(("eager", "jit", "vmap"), case.bound + allowance)
+        | {"grad": grad, "jvp": 8 + slack},
+    )
+
+
+def name_of(device: jax.Device) -> str:
+    """Returns the platform, number and kind of a device."""
+    kind = "" if device.device_kind == device.platform else f" ({device.device_kind})"
+    return f"{device.platform}:{device.id}{kind}"
+
+
+def allowance_of(device: jax.Device, measured: dict[str, float]) -> float:
+    """Returns what a device's own functions add to the bounds, in ulp of float32."""
+    if device.platform == "cpu":
+        return 0.0
+    return sum(
+        uses * max(0.0, measured[name] - _REFERENCE[name])
+        for name, uses in _USES.items()
+    )
+
+
+def check_laws() -> None:
+    """Holds the laws themselves to finite differences, on the host.
+
+    Raises:
+      AssertionError: A law's gradient is not that of its value.
+    """
+    rng = np.random.default_rng(1)
+    logits, soft = rng.standard_normal((3, 5)), rng.dirichlet(np.ones(5), 3)
+    ids, probs = rng.integers(0, 5, 3), rng.dirichlet(np.ones(5), 3)
+    options = {"label_smoothing": 0.2, "class_weights": np.arange(1, 6), "z_loss": 0.1}
+    for labels in (ids, soft, 2 * soft):
+        testing.assert_law_differentiates(testing.SOFTMAX_LAW, logits, labels)
+        testing.assert_law_differentiates(
+            testing.SOFTMAX_LAW, logits, labels, **options
+        )
+    testing.assert_law_differentiates(
+        testing.SIGMOID_LAW, logits, soft, pos_weight=3.0, label_smoothing=0.1
+    )
+    testing.assert_law_differentiates(testing.NLL_LAW, logits, ids)
+    testing.assert_law_differentiates(testing.CATEGORICAL_LAW, probs, soft)
+    testing.assert_law_differentiates(testing.BINARY_LAW, probs, soft)
+
+
+def find_devices(platform: str | None) -> list[jax.Device]:
+    """Returns the devices of a platform, or of every platform that JAX has.
+
+    Raises:
+      LookupError: JAX has no device of that platform.
+    """
+    found: list[jax.Device] = []
+    missing = []
+    for name in PLATFORMS if platform is None else (platform,):
+        try:
+            found += jax.local_devices(backend=name)
+        except RuntimeError as error:
+            missing.append(str(error))
+    if not found:
+        seen = ", ".join(sorted({device.platform for device in jax.local_devices()}))
+        raise LookupError(
+            f"verify: JAX has no {platform or 'local'} device here, only: {seen}. "
+            f"({'; '.join(missing)})"
+        )
+    return found
+
+
+def verify(allowances: dict[jax.Device, float], console: Console) -> list[Result]:
+    """Returns the result of every case, with a progress bar on the console.
+
+    Args:
+      allowances: the devices, and what each adds to the bounds.
+      console: where the progress is shown.
+    """
+    check_laws()
+    wide, narrow = cases(), cases(highest_margin=8.0)
+    runs = [
+        (case, dtype, device, allowance)
+        for device, allowance in allowances.items()
+        for dtype in DTYPES
+        for case in (narrow if dtype == jnp.float16 else wide)
+    ]
+    with Progress(console=console, transient=True) as progress:
+        return [check(*run) for run in progress.track(runs, description="verifying")]
+
+
+def show(results: Sequence[Result], console: Console) -> None:
+    """Prints the table: a line a loss and dtype, with the mode nearest its bound."""
+    table = Table(title=f"xent_jax {xent_jax.__version__}, jax {jax.__version__}")
+    for heading in ("device", "loss", "dtype", "mode"):
+        table.add_column(heading)
+    for heading in ("error (ulp)", "bound (ulp)"):
+        table.add_column(heading, justify="right")
+    table.add_column("ok")
+    for result in results:
+        failed = [m for m in MODES if not result.errors[m] <= result.bounds[m]]
+        for mode in failed or [result.worst]:
+            table.add_row(
+                result.device,
+                result.loss,
+                result.dtype,
+                mode,
+                f"{result.errors[mode]:.2f}",
+                f"{result.bounds[mode]:.2f}",
+                "[red]NO[/]" if failed else "yes",
+            )
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the checks; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m xent_jax.verify",
+        description="Check every loss of xent_jax on every device that JAX sees.",
+    )
+    parser.add_argument(
+        "--platform", choices=PLATFORMS, help="only this one; an error if JAX lacks it"
+    )
+    options = parser.parse_args(arguments)
+    console = Console()
+    try:
+        devices = find_devices(options.platform)
+    except LookupError as error:
+        Console(stderr=True).print(str(error), style="red", highlight=False)
+        return 2
+    primitives = Table(title="float32 functions of each device, largest error in ulp")
+    for heading in ("device", "exp", "log", "log1p", "dot", "allowance"):
+        primitives.add_column(heading)
+    allowances = {}
+    for device in devices:
+        measured = primitive_errors(device)
+        allowances[device] = allowance_of(device, measured)
+        names = (f"{measured[name]:.2f}" for name in ("exp", "log", "log1p", "dot"))
+        primitives.add_row(name_of(device), *names, f"{allowances[device]:.2f}")
+    console.print(primitives)
+    results = verify(allowances, console)
+    show(results, console)
+    wrong = sum(not result.ok for result in results)
+    console.print(
+        f"{len(results) * len(MODES)} checks, {len(MODES)} modes a line; "
+        + (f"{wrong} lines out of bounds." if wrong else "all within their bounds.")
+    )
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
