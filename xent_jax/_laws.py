@@ -16,11 +16,15 @@ Array = np.ndarray
 class Law(NamedTuple):
     """A loss in float64: its value and its gradient by the first argument.
 
-    Both are called as the loss is: `(logits, labels, **options)`.
+    All are called as the loss is: `(logits, labels, **options)`. The magnitude is what
+    the error of a gradient is relative to, of the gradient's shape or of size 1 along
+    the classes: the sum of its absolute terms, row by row at the largest entry, because
+    the gradient of a confident row is small as a whole.
     """
 
     value: Callable[..., Array]
     gradient: Callable[..., Array]
+    magnitude: Callable[..., Array]
 
 
 class _Probabilities(NamedTuple):
@@ -115,7 +119,7 @@ def _softmax_value(
     return np.where(rows.keep_row[..., 0], value, 0)
 
 
-def _softmax_gradient(
+def _softmax_terms(
     logits: ArrayLike,
     labels: ArrayLike,
     axis: int = -1,
@@ -123,17 +127,31 @@ def _softmax_gradient(
     *,
     z_loss: float = 0.0,
     **options: Any,
-) -> Array:
+) -> tuple[Array, Array]:
+    """Returns the mean parameter and the target, whose difference is the gradient."""
     rows = _rows(logits, labels, axis, where, **options)
-    softmax = _softmax(rows.logits)
-    targets = rows.targets
+    softmax, targets = _softmax(rows.logits), rows.targets
     rest = np.where(softmax.top, 0, targets).sum(-1, keepdims=True)
     total = targets.sum(-1, keepdims=True)
-    at_top = rest * softmax.probability - targets * softmax.complement
-    gradient = np.where(softmax.top, at_top, total * softmax.probability - targets)
-    gradient = gradient + 2 * z_loss * softmax.log_normalizer * softmax.probability
-    gradient = np.where(rows.keep_class & rows.keep_row, gradient, 0)
-    return np.moveaxis(gradient, -1, axis)
+    # At the top T·p − t is rest·p − t·(1 − p): nothing is subtracted from 1.
+    mean = np.where(softmax.top, rest, total) * softmax.probability
+    mean = mean + 2 * z_loss * softmax.log_normalizer * softmax.probability
+    target = np.where(softmax.top, softmax.complement, 1) * targets
+    keep = rows.keep_class & rows.keep_row
+    mean, target = np.where(keep, mean, 0), np.where(keep, target, 0)
+    return np.moveaxis(mean, -1, axis), np.moveaxis(target, -1, axis)
+
+
+def _softmax_gradient(*arguments: Any, **options: Any) -> Array:
+    mean, target = _softmax_terms(*arguments, **options)
+    return mean - target
+
+
+def _softmax_magnitude(
+    logits: ArrayLike, labels: ArrayLike, axis: int = -1, *rest: Any, **options: Any
+) -> Array:
+    mean, target = _softmax_terms(logits, labels, axis, *rest, **options)
+    return (np.abs(mean) + np.abs(target)).max(axis, keepdims=True)
 
 
 def _linearized_value(logits: ArrayLike, labels: ArrayLike, axis: int = -1) -> Array:
@@ -161,21 +179,32 @@ def _sigmoid_value(
     return value if where is None else np.where(np.asarray(where), value, 0)
 
 
-def _sigmoid_gradient(
+def _sigmoid_terms(
     logits: ArrayLike,
     labels: ArrayLike,
     *,
     where: ArrayLike | None = None,
     pos_weight: ArrayLike = 1.0,
     label_smoothing: float = 0.0,
-) -> Array:
+) -> tuple[Array, Array]:
     x = np.asarray(logits).astype(np.float64)
     t = _binary_targets(labels, label_smoothing)
     weight = np.asarray(pos_weight).astype(np.float64)
     # σ(x) = exp(−log(1 + exp(−x))), without overflow on either side.
-    positive, negative = np.exp(-np.logaddexp(0, -x)), np.exp(-np.logaddexp(0, x))
-    gradient = (1 - t) * positive - weight * t * negative
-    return gradient if where is None else np.where(np.asarray(where), gradient, 0)
+    mean = (1 - t) * np.exp(-np.logaddexp(0, -x))
+    target = weight * t * np.exp(-np.logaddexp(0, x))
+    keep = True if where is None else np.asarray(where, bool)
+    return np.where(keep, mean, 0), np.where(keep, target, 0)
+
+
+def _sigmoid_gradient(*arguments: Any, **options: Any) -> Array:
+    mean, target = _sigmoid_terms(*arguments, **options)
+    return mean - target
+
+
+def _sigmoid_magnitude(*arguments: Any, **options: Any) -> Array:
+    mean, target = _sigmoid_terms(*arguments, **options)
+    return np.abs(mean) + np.abs(target)
 
 
 def _nll_value(
@@ -203,6 +232,13 @@ def _nll_gradient(
     return np.moveaxis(gradient, -1, axis)
 
 
+def _nll_magnitude(
+    log_probs: ArrayLike, labels: ArrayLike, axis: int = -1, *rest: Any, **options: Any
+) -> Array:
+    gradient = _nll_gradient(log_probs, labels, axis, *rest, **options)
+    return np.abs(gradient).max(axis, keepdims=True)
+
+
 def _normalized(probs: ArrayLike, labels: ArrayLike, epsilon: float) -> _Probabilities:
     p = np.asarray(probs).astype(np.float64)
     total = p.sum(-1, keepdims=True)
@@ -221,13 +257,23 @@ def _categorical_value(
     return -(row.targets * np.log(row.clipped)).sum(-1)
 
 
-def _categorical_gradient(
+def _categorical_terms(
     probs: ArrayLike, labels: ArrayLike, epsilon: float = 1e-7
-) -> Array:
+) -> tuple[Array, Array]:
     row = _normalized(probs, labels, epsilon)
-    slope = -row.targets / row.clipped
+    slope = row.targets / row.clipped
     mean = (row.probability * slope).sum(-1, keepdims=True)
-    return (slope - mean) / row.total
+    return mean / row.total, slope / row.total
+
+
+def _categorical_gradient(*arguments: Any, **options: Any) -> Array:
+    mean, slope = _categorical_terms(*arguments, **options)
+    return mean - slope
+
+
+def _categorical_magnitude(*arguments: Any, **options: Any) -> Array:
+    mean, slope = _categorical_terms(*arguments, **options)
+    return (np.abs(mean) + np.abs(slope)).max(-1, keepdims=True)
 
 
 def _binary_value(probs: ArrayLike, labels: ArrayLike, epsilon: float = 1e-7) -> Array:
@@ -236,28 +282,38 @@ def _binary_value(probs: ArrayLike, labels: ArrayLike, epsilon: float = 1e-7) ->
     return -y * np.log(p) - (1 - y) * np.log1p(-p)
 
 
-def _binary_gradient(
+def _binary_terms(
     probs: ArrayLike, labels: ArrayLike, epsilon: float = 1e-7
-) -> Array:
+) -> tuple[Array, Array]:
     p = np.clip(np.asarray(probs).astype(np.float64), epsilon, 1 - epsilon)
     y = np.asarray(labels).astype(np.float64)
-    return (1 - y) / (1 - p) - y / p
+    return (1 - y) / (1 - p), y / p
 
 
-SOFTMAX_LAW = Law(_softmax_value, _softmax_gradient)
+def _binary_gradient(*arguments: Any, **options: Any) -> Array:
+    negative, positive = _binary_terms(*arguments, **options)
+    return negative - positive
+
+
+def _binary_magnitude(*arguments: Any, **options: Any) -> Array:
+    negative, positive = _binary_terms(*arguments, **options)
+    return np.abs(negative) + np.abs(positive)
+
+
+SOFTMAX_LAW = Law(_softmax_value, _softmax_gradient, _softmax_magnitude)
 """`(Σt)·softmax(x) − t`, for class ids and dense targets, with every option."""
 
-SIGMOID_LAW = Law(_sigmoid_value, _sigmoid_gradient)
+SIGMOID_LAW = Law(_sigmoid_value, _sigmoid_gradient, _sigmoid_magnitude)
 """`(1 − t)·σ(x) − pos_weight·t·σ(−x)`, elementwise."""
 
-LINEARIZED_LAW = Law(_linearized_value, _softmax_gradient)
+LINEARIZED_LAW = Law(_linearized_value, _softmax_gradient, _softmax_magnitude)
 """The surrogate's value, with the gradient of the softmax law."""
 
-NLL_LAW = Law(_nll_value, _nll_gradient)
+NLL_LAW = Law(_nll_value, _nll_gradient, _nll_magnitude)
 """`−w·e_y`, by the log-probabilities."""
 
-CATEGORICAL_LAW = Law(_categorical_value, _categorical_gradient)
+CATEGORICAL_LAW = Law(_categorical_value, _categorical_gradient, _categorical_magnitude)
 """`(s − Σ q·s) / Σp` with `q = p / Σp`, `s = −t / clip(q)`, by the probabilities."""
 
-BINARY_LAW = Law(_binary_value, _binary_gradient)
+BINARY_LAW = Law(_binary_value, _binary_gradient, _binary_magnitude)
 """`(1 − t) / (1 − p) − t / p` at the clipped probability, elementwise."""

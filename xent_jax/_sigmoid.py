@@ -34,7 +34,8 @@ def sigmoid_binary_cross_entropy(
       labels: `[...]`, the shape of `logits`. Integer and boolean labels are taken as
         numbers.
       where: `bool[...]`, the shape of `logits`. Elements that count; a dropped element
-        has loss and gradient exactly 0, whatever it holds.
+        has loss and gradient exactly 0, whatever it holds. A mask of the examples is
+        `jnp.broadcast_to(keep[:, None], logits.shape)`.
       pos_weight: `float[]`, `float[C]` for the last axis, or `float[...]` of the shape
         of `logits`. Multiplies the loss of the positive part, as in PyTorch.
       label_smoothing: In [0, 1]. Pulls the labels towards 1/2, as in Keras.
@@ -177,7 +178,8 @@ def _binary_terms_dot(
         # pos_weight·softplus(−x) − softplus(x); without a weight this is −x.
         signed = jnp.where(parts.ahead, -parts.size, parts.size)
         if weight is not None:
-            signed = jnp.where(parts.ahead, -parts.size, weight * parts.size)
+            finite = jnp.where((weight == 0) & jnp.isinf(parts.size), 0, parts.size)
+            signed = jnp.where(parts.ahead, -parts.size, weight * finite)
             signed = signed + (weight - 1) * log_mass
         loss += _kept(signed, keep) * _kept(targets_dot, keep)
     if weight_dot is not None:

@@ -81,11 +81,14 @@ def softmax_cross_entropy(
     )
     weights = _arguments.read_class_weights(layout, class_weights, array.dtype)
     coefficient = _arguments.read_scalar(function, "z_loss", z_loss, array.dtype)
-    if smoothing is not None:
-        count = _count_classes(array, layout, keep)
-        targets = (1 - smoothing) * targets + smoothing / count
+    share = None if smoothing is None else 1 - smoothing
     if weights is not None:
-        targets = weights * targets
+        share = weights if share is None else share * weights
+    if share is not None:
+        targets = _share(share, targets, array)
+    if smoothing is not None:
+        spread = smoothing / _count_classes(array, layout, keep)
+        targets = targets + (spread if weights is None else spread * weights)
     terms = _terms.target_terms(layout.axis, array, targets, keep.classes, keep.rows)
     loss = terms.loss
     if coefficient is not None:
@@ -245,6 +248,20 @@ def _count_classes(array: jax.Array, layout: Layout, keep: Keep) -> jax.Array:
     """Returns the number of kept classes a row, at least 1."""
     inputs = Masked(array, keep.classes, keep.rows)
     return jnp.maximum(_terms.total_weight(inputs, None, layout.axis), 1)
+
+
+def _share(share: jax.Array, targets: jax.Array, logits: jax.Array) -> jax.Array:
+    """Returns `share·targets`; where a logit is −inf, a factor of 0 is a constant 0.
+
+    The derivative by the product is infinite there, and 0·inf would be formed on the
+    way to the derivative by the other factor.
+    """
+    impossible = logits == -jnp.inf
+    share = jnp.broadcast_to(share, targets.shape)
+    fixed = jax.lax.stop_gradient
+    return jnp.where(impossible & (targets == 0), fixed(share), share) * jnp.where(
+        impossible & (share == 0), fixed(targets), targets
+    )
 
 
 def _scaled(coefficient: jax.Array, loss: jax.Array) -> jax.Array:

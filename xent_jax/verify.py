@@ -14,9 +14,8 @@ it is what the logits of a model come from.
 """
 
 import argparse
-import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,48 +27,16 @@ from rich.table import Table
 
 import xent_jax
 from xent_jax import testing
+from xent_jax._cases import ROWS, Case, cases
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 MODES = ("eager", "jit", "vmap", "grad", "jvp")
-_ROWS, _CLASSES = 64, 96
 _ULP = float(np.finfo(np.float32).eps)
 # The largest errors of XLA:CPU's functions, in ulp of float32, that the bounds build
 # on, and how often each enters a loss (exp: in the rivals' sum and in the margin).
 _REFERENCE = {"exp": 1.0, "log": 1.2, "log1p": 2.5}
 _USES = {"exp": 2, "log": 1, "log1p": 1}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A loss with inputs that stress it.
-
-    Attributes:
-      name: in the table.
-      loss: a function of the package.
-      inputs: in float64; rounded to the dtype under test before use.
-      labels: class ids or targets.
-      bound: on the error of a value, in ulp of float32.
-      scale: what a value's error is relative to where that is not the value itself.
-      slack: ulp of float32 to add to the bounds on derivatives.
-      where: rows that count.
-      options: further keywords of the loss.
-    """
-
-    name: str
-    loss: Callable[..., jax.Array]
-    inputs: np.ndarray
-    labels: np.ndarray
-    bound: float
-    scale: float = 0.0
-    slack: float = 0.0
-    where: np.ndarray | None = None
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether the loss is one number an element, not one a row."""
-        return testing.law_of(self.loss) in (testing.SIGMOID_LAW, testing.BINARY_LAW)
 
 
 class Result(NamedTuple):
@@ -91,68 +58,6 @@ class Result(NamedTuple):
     def ok(self) -> bool:
         """Whether every error is a number within its bound."""
         return all(self.errors[mode] <= self.bounds[mode] for mode in self.errors)
-
-
-def cases(highest_margin: float = 60.0) -> list[Case]:
-    """Returns the cases: confident, hopeless, soft, masked and weighted rows.
-
-    Args:
-      highest_margin: how far a label is ahead of its best rival at most; float16
-        cannot hold the gradient of more than 8.
-    """
-    rng = np.random.default_rng(0)
-    logits = 3 * rng.standard_normal((_ROWS, _CLASSES))
-    ids = rng.integers(0, _CLASSES, _ROWS)
-    one_hot = np.arange(_CLASSES) == ids[:, None]
-    rivals = np.where(one_hot, -np.inf, logits).max(-1)
-    margins = np.linspace(-min(60.0, 4 * highest_margin), highest_margin, _ROWS)
-    confident = np.where(one_hot, (rivals + margins)[:, None], logits)
-    soft = rng.dirichlet(np.ones(_CLASSES), _ROWS)
-    probs = rng.dirichlet(np.ones(8), _ROWS) * 0.8 + 0.025
-    keep = np.arange(_ROWS) % 5 != 0
-    broken = np.where(keep[:, None], logits, np.nan)
-    weights = rng.uniform(0.5, 2.0, _CLASSES)
-    options = {
-        "label_smoothing": 0.1,
-        "class_weights": weights.astype(np.float32),
-        "z_loss": 1e-3,
-    }
-    sparse = xent_jax.softmax_cross_entropy_with_integer_labels
-    dense = xent_jax.softmax_cross_entropy
-    sigmoid = xent_jax.sigmoid_binary_cross_entropy
-    steep = np.linspace(-highest_margin, highest_margin, _ROWS * 8).reshape(_ROWS, 8)
-    answers = (rng.random((_ROWS, 8)) < 0.5).astype(np.float64)
-    picked = rng.integers(0, 8, _ROWS)
-    # The global maximum as the pivot rounds a label's margin: (margin + 10)·2⁻²⁴.
-    rounded = (highest_margin + 10) / 2
-    masked = {"where": keep, "options": options}
-    return [
-        Case("integer labels", sparse, confident, ids, 4),
-        Case("integer, options", sparse, broken, ids, 8, **masked),
-        Case("dense labels", dense, logits, soft, 6),
-        Case("dense one-hot", dense, confident, one_hot, rounded, slack=rounded - 4),
-        Case("dense, options", dense, broken, soft, 8, **masked),
-        Case(
-            "linearized",
-            xent_jax.linearized_softmax_cross_entropy,
-            logits,
-            soft,
-            8,
-            scale=10,
-        ),
-        Case("sigmoid", sigmoid, steep, answers, 3),
-        Case("pos_weight", sigmoid, steep, answers, 4, options={"pos_weight": 3}),
-        Case("nll", xent_jax.nll_loss, np.log(probs), picked, 2),
-        Case(
-            "categorical",
-            xent_jax.categorical_cross_entropy,
-            probs,
-            answers,
-            16,
-            scale=1,
-        ),
-        Case("binary", xent_jax.binary_cross_entropy, probs, answers, 16, scale=1),
-    ]
 
 
 def primitive_errors(device: jax.Device) -> dict[str, float]:
@@ -194,11 +99,7 @@ class _Run(NamedTuple):
     keep: jax.Array
     value: np.ndarray
     gradient: np.ndarray
-
-    @property
-    def axis(self) -> int | None:
-        """The axis along which a gradient row lies; none if elements are rows."""
-        return None if self.case.elementwise else -1
+    magnitude: np.ndarray
 
     def loss(self, inputs: jax.Array, labels: jax.Array, keep: jax.Array) -> jax.Array:
         """The loss of a batch, or of one example."""
@@ -213,7 +114,7 @@ class _Run(NamedTuple):
 def _prepare(case: Case, dtype: Any, device: jax.Device) -> _Run:
     integer = case.labels.dtype.kind in "iu"
     labels = case.labels if integer else case.labels.astype(np.float32)
-    keep = np.ones(_ROWS, bool) if case.where is None else case.where
+    keep = np.ones(ROWS, bool) if case.where is None else case.where
     inputs = jax.device_put(jnp.asarray(case.inputs, dtype), device)
     options = case.options if case.where is None else case.options | {"where": keep}
     law, exact = testing.law_of(case.loss), np.asarray(inputs)
@@ -224,6 +125,7 @@ def _prepare(case: Case, dtype: Any, device: jax.Device) -> _Run:
         jax.device_put(jnp.asarray(keep), device),
         law.value(exact, labels, **options),
         law.gradient(exact, labels, **options),
+        law.magnitude(exact, labels, **options),
     )
 
 
@@ -246,19 +148,20 @@ def _value_errors(run: _Run) -> dict[str, float]:
 def _gradient_errors(run: _Run) -> dict[str, float]:
     dtype = run.inputs.dtype
     computed = jax.jit(jax.grad(lambda inputs: run.of_inputs(inputs).sum()))(run.inputs)
-    unit = testing.relative_gradient(run.gradient, run.gradient, run.axis)
-    compared = testing.relative_gradient(computed, run.gradient, run.axis)
-    grad = np.abs(compared - unit).max() / float(jnp.finfo(dtype).eps)
+    off = np.asarray(computed).astype(np.float64) - run.gradient
+    grad = np.abs(testing.in_magnitudes(off, run.magnitude)).max()
     # Along the signs of the law no term of the slope cancels another.
     direction = jax.device_put(
         jnp.asarray(np.sign(run.gradient), dtype), run.keep.device
     )
     slope = jax.jit(lambda x, d: jax.jvp(run.of_inputs, (x,), (d,))[1])
     computed = np.asarray(slope(run.inputs, direction)).astype(np.float64)
-    size = np.abs(run.gradient)
-    size = size if run.axis is None else size.sum(run.axis)
-    off = np.abs(computed - size) / np.where(size == 0, 1, size)
-    return {"grad": float(grad), "jvp": float(off.max() / _ULP)}
+    size = np.broadcast_to(run.magnitude, run.gradient.shape)
+    truth = np.abs(run.gradient)
+    if computed.ndim < truth.ndim:
+        size, truth = size.sum(-1), truth.sum(-1)
+    jvp = np.abs(testing.in_magnitudes(computed - truth, size)).max()
+    return {"grad": float(grad / jnp.finfo(dtype).eps), "jvp": float(jvp / _ULP)}
 
 
 def check(case: Case, dtype: Any, device: jax.Device, allowance: float) -> Result:

@@ -1,0 +1,108 @@
+"""The pieces of the numerics layer, and what XLA must not do to them."""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from xent_jax import _numerics
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_two_sum_survives_the_compiler(transform, rng):
+    left = rng.standard_normal(10_000).astype(np.float32) * 100
+    right = rng.standard_normal(10_000).astype(np.float32)
+    total, error = transform(_numerics.two_sum)(left, right)
+    exact = left.astype(np.float64) + right.astype(np.float64)
+    got = np.asarray(total, np.float64) + np.asarray(error, np.float64)
+    np.testing.assert_array_equal(got, exact)
+    assert np.any(error)
+
+
+def test_two_sum_of_infinities_has_no_error():
+    total, error = _numerics.two_sum(jnp.array([jnp.inf, 3e38]), jnp.array([1.0, 3e38]))
+    assert np.isposinf(total).all()
+    assert not np.any(error)
+
+
+@pytest.mark.parametrize("classes", [1, 15, 128, 1000, 1024, 1152, 4096, 4099])
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_reductions_equal_numpy(classes, axis, rng):
+    values = rng.standard_normal((4, classes)).astype(np.float32)
+    offsets = rng.standard_normal((4, 1)).astype(np.float32)
+    if axis == -2:
+        values, offsets = values.T, offsets.T
+    total = jax.jit(
+        lambda x, o: _numerics.sum_classes(lambda x, o: jnp.exp(x + o), (x, o), axis)
+    )(values, offsets)
+    largest = _numerics.max_classes(operator.add, (values, offsets), axis)
+    exact = np.exp(values.astype(np.float64) + offsets)
+    np.testing.assert_allclose(total, exact.sum(axis, keepdims=True), rtol=4e-7)
+    np.testing.assert_array_equal(largest, (values + offsets).max(axis, keepdims=True))
+
+
+def test_folded_reductions_propagate_nan():
+    values = jnp.zeros((2, 4096)).at[0, 1234].set(jnp.nan)
+    for reduce in (_numerics.sum_classes, _numerics.max_classes):
+        result = reduce(lambda x: x, (values,), -1)
+        np.testing.assert_array_equal(np.isnan(result), [[True], [False]])
+
+
+@pytest.mark.parametrize("classes", [100, 4096])
+def test_split_sum_rounds_the_largest_once(classes, rng):
+    """A one and many small numbers: a plain sum rounds at every addition."""
+    values = rng.uniform(0, 1e-6, (200, classes)).astype(np.float32)
+    values[:, 0] = 1
+    exact = values.astype(np.float64).sum(-1, keepdims=True)
+    total = _numerics.reduce_classes(
+        _numerics.split_sum, operator.add, lambda x: x, (jnp.asarray(values),), -1
+    )
+    # Half an ulp for the result, and for each of the three levels of a folded tree.
+    assert np.abs(np.asarray(total) - exact).max() <= 4 * 2.0**-24 * 1.01
+
+
+def test_folded_reduction_is_not_a_copy():
+    """The masked exponentials of a wide row exist only inside a fusion."""
+
+    def total(x, y):
+        return _numerics.sum_classes(
+            lambda x, i, y: jnp.where(i == y, 0, jnp.exp(x)),
+            (x, _numerics.class_index(x, -1), y),
+            -1,
+        )
+
+    shapes = [
+        jax.ShapeDtypeStruct((256, 32768), jnp.float32),
+        jax.ShapeDtypeStruct((256, 1), jnp.int32),
+    ]
+    memory = jax.jit(total).lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 256 * 32768 * 4 / 8 + 2**20
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_classes_sharded_under_jit_need_all_reduces_only(kind):
+    """The folded form keeps a sharded class axis where it is."""
+    import xent_jax
+
+    axis = getattr(jax.sharding.AxisType, kind)
+    mesh = jax.make_mesh((8,), ("classes",), axis_types=(axis,))
+    with jax.set_mesh(mesh):
+        logits = jax.device_put(
+            jnp.linspace(-3, 3, 4 * 8192).reshape(4, 8192), jax.P(None, "classes")
+        )
+        ids = jnp.array([0, 1500, 5000, 8191])
+
+        def mean(x, y):
+            return xent_jax.softmax_cross_entropy_with_integer_labels(x, y).mean()
+
+        compiled = jax.jit(jax.value_and_grad(mean)).lower(logits, ids).compile()
+        value, gradient = compiled(logits, ids)
+    text = compiled.as_text()
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+        assert collective not in text
+    assert "all-reduce" in text
+    alone = jax.value_and_grad(mean)(np.asarray(logits), np.asarray(ids))
+    np.testing.assert_allclose(value, alone[0], rtol=1e-6)
+    np.testing.assert_allclose(gradient, alone[1], rtol=1e-5, atol=1e-9)

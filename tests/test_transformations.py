@@ -1,0 +1,373 @@
+"""Every loss under every transformation, against float64 that does not use JAX."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from losses import CASES, IDS, INTEGER, LossCase
+
+import xent_jax
+
+every_loss = pytest.mark.parametrize("case", CASES, ids=IDS)
+
+
+def differences(function, point, step=1e-4):
+    """Fourth-order central differences of a float64 function, by every entry."""
+    point = np.asarray(point, np.float64)
+
+    def moved(entry, size):
+        other = point.copy()
+        other[entry] += size
+        return np.asarray(function(other), np.float64)
+
+    columns = []
+    for entry in np.ndindex(point.shape):
+        near = moved(entry, step) - moved(entry, -step)
+        far = moved(entry, 2 * step) - moved(entry, -2 * step)
+        columns.append((8 * near - far) / (12 * step))
+    return np.stack(columns, -1).reshape(*columns[0].shape, *point.shape)
+
+
+def value_of(truth):
+    return truth.value if isinstance(truth, oracle.Loss) else truth
+
+
+def true_gradient(case: LossCase, inputs, labels):
+    truth = case.truth(inputs, labels)
+    if isinstance(truth, oracle.Loss):
+        return truth.gradient
+    return differences(lambda x: value_of(case.truth(x, labels)).sum(), inputs)
+
+
+@pytest.fixture
+def setting(case: LossCase, rng):
+    inputs, labels = case.inputs(rng)
+    inputs = inputs.astype(np.float32)
+    labels = labels if case.kind == "ids" else labels.astype(np.float32)
+    return inputs, labels
+
+
+@every_loss
+@pytest.mark.parametrize("form", ["eager", "jit", "vmap", "jit of vmap", "scan"])
+def test_value(case, form, setting):
+    inputs, labels = setting
+    forms = {
+        "eager": case,
+        "jit": jax.jit(case),
+        "vmap": jax.vmap(case),
+        "jit of vmap": jax.jit(jax.vmap(case)),
+        "scan": lambda x, y: jax.lax.scan(lambda c, xy: (c, case(*xy)), 0, (x, y))[1],
+    }
+    computed = forms[form](jnp.asarray(inputs), jnp.asarray(labels))
+    assert computed.dtype == jnp.float32
+    truth = value_of(case.truth(inputs, labels))
+    np.testing.assert_allclose(computed, truth, rtol=2e-6, atol=1e-7)
+
+
+@every_loss
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "grad",
+        "jit of grad",
+        "vmap of grad",
+        "grad of vmap",
+        "jacrev",
+        "jacfwd",
+        "jvp",
+        "linearize",
+        "checkpoint",
+        "inside scan",
+        "of scan",
+    ],
+)
+def test_gradient(case, mode, setting):
+    inputs, labels = jnp.asarray(setting[0]), jnp.asarray(setting[1])
+
+    def total(x, y):
+        return case(x, y).sum()
+
+    def columns(jacobian):
+        return jacobian(lambda x: total(x, labels))(inputs)
+
+    def scanned(x):
+        return jax.lax.scan(lambda c, xy: (c + total(*xy), None), 0.0, (x, labels))[0]
+
+    def by_basis(linear):
+        basis = jnp.eye(inputs.size).reshape(-1, *inputs.shape)
+        return jnp.stack([linear(b) for b in basis]).reshape(inputs.shape)
+
+    grad = jax.grad(total)
+    forms = {
+        "grad": lambda: grad(inputs, labels),
+        "jit of grad": lambda: jax.jit(grad)(inputs, labels),
+        "vmap of grad": lambda: jax.vmap(grad)(inputs, labels),
+        "grad of vmap": lambda: jax.grad(lambda x: jax.vmap(case)(x, labels).sum())(
+            inputs
+        ),
+        "jacrev": lambda: columns(jax.jacrev),
+        "jacfwd": lambda: columns(jax.jacfwd),
+        "jvp": lambda: by_basis(
+            lambda d: jax.jvp(lambda x: total(x, labels), (inputs,), (d,))[1]
+        ),
+        "linearize": lambda: by_basis(
+            jax.linearize(lambda x: total(x, labels), inputs)[1]
+        ),
+        "checkpoint": lambda: jax.grad(jax.checkpoint(total))(inputs, labels),
+        "inside scan": lambda: jax.lax.scan(
+            lambda c, xy: (c, grad(*xy)), 0, (inputs, labels)
+        )[1],
+        "of scan": lambda: jax.grad(scanned)(inputs),
+    }
+    computed = forms[mode]()
+    assert computed.dtype == inputs.dtype
+    truth = true_gradient(case, *setting)
+    np.testing.assert_allclose(computed, truth, rtol=2e-5, atol=2e-6)
+
+
+@every_loss
+@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev])
+@pytest.mark.parametrize("inner", [jax.jacfwd, jax.jacrev])
+def test_second_order(case, outer, inner, setting):
+    inputs, labels = setting[0][:2], setting[1][:2]
+    hessian = jax.jit(outer(inner(lambda x: case(x, jnp.asarray(labels)).sum())))
+    truth = differences(lambda x: true_gradient(case, x, labels), inputs)
+    np.testing.assert_allclose(
+        hessian(jnp.asarray(inputs)), truth, rtol=1e-4, atol=3e-5
+    )
+
+
+@every_loss
+def test_third_order(case, setting):
+    inputs, labels = setting[0][:1], jnp.asarray(setting[1][:1])
+    direction = np.linspace(-1, 1, inputs.size).reshape(inputs.shape)
+    tangent = jnp.asarray(direction, jnp.float32)
+
+    def along(function):
+        return lambda x: jax.jvp(function, (x,), (tangent,))[1]
+
+    loss = along(along(along(lambda x: case(x, labels).sum())))(jnp.asarray(inputs))
+    step = 3e-3
+    value = [
+        value_of(
+            case.truth(
+                inputs.astype(np.float64) + k * step * direction,
+                setting[1][:1],
+            )
+        ).sum()
+        for k in (-3, -2, -1, 1, 2, 3)
+    ]
+    weights = np.array([1, -8, 13, -13, 8, -1]) / 8
+    truth = weights @ value / step**3
+    np.testing.assert_allclose(loss, truth, rtol=1e-3, atol=2e-4)
+
+
+@every_loss
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_rows_sharded_in_shard_map(case, check_vma, rng):
+    inputs, labels = case.inputs(rng, rows=8)
+    inputs = jnp.asarray(inputs, jnp.float32)
+    labels = jnp.asarray(labels, None if case.kind == "ids" else jnp.float32)
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=auto)
+    spec = jax.P("data")
+    sharded = jax.shard_map(
+        case,
+        mesh=mesh,
+        in_specs=(spec, spec),
+        out_specs=spec,
+        check_vma=check_vma,
+    )
+    chex.assert_trees_all_close(
+        sharded(inputs, labels), case(inputs, labels), rtol=1e-6
+    )
+    gradients = [
+        jax.grad(lambda x, f=f: f(x, labels).sum())(inputs) for f in (sharded, case)
+    ]
+    chex.assert_trees_all_close(*gradients, rtol=1e-5, atol=1e-7)
+
+
+def by_argument(name, base, rng):
+    """A loss and its oracle as functions of one floating argument."""
+    logits = rng.standard_normal((4, 5)).astype(np.float32)
+    ids, targets = rng.integers(0, 5, 4), rng.uniform(0.1, 1, (4, 5)).astype(np.float32)
+    labels = ids if base == INTEGER else targets
+    loss, truth = getattr(xent_jax, base), getattr(oracle, base)
+    weights = np.linspace(0.5, 2.0, 5, dtype=np.float32)
+    options = {"label_smoothing": np.float32(0.2), "z_loss": np.float32(0.1)}
+    if base == "sigmoid_binary_cross_entropy":
+        options = {"label_smoothing": np.float32(0.2), "pos_weight": weights}
+    else:
+        options["class_weights"] = weights
+    if name == "labels":
+        point = labels
+        calls = [lambda v, f=f: f(logits, v, **options) for f in (loss, truth)]
+    else:
+        point = np.asarray(options.pop(name))
+        calls = [
+            lambda v, f=f: f(logits, labels, **options, **{name: v})
+            for f in (loss, truth)
+        ]
+    return point, calls[0], lambda v: calls[1](v).value
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        (INTEGER, "label_smoothing"),
+        (INTEGER, "class_weights"),
+        (INTEGER, "z_loss"),
+        ("softmax_cross_entropy", "labels"),
+        ("softmax_cross_entropy", "label_smoothing"),
+        ("softmax_cross_entropy", "class_weights"),
+        ("softmax_cross_entropy", "z_loss"),
+        ("sigmoid_binary_cross_entropy", "labels"),
+        ("sigmoid_binary_cross_entropy", "label_smoothing"),
+        ("sigmoid_binary_cross_entropy", "pos_weight"),
+    ],
+)
+@pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
+def test_gradient_by_the_other_arguments(base, name, mode, rng):
+    point, loss, truth = by_argument(name, base, rng)
+    jacobian = jax.jit(mode(lambda v: loss(v)))(jnp.asarray(point))
+    np.testing.assert_allclose(
+        jacobian, differences(truth, point), rtol=1e-5, atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("base", [INTEGER, "softmax_cross_entropy"])
+def test_mixed_second_derivative(base, rng):
+    logits = rng.standard_normal((3, 4)).astype(np.float32)
+    labels = rng.integers(0, 4, 3)
+    if base != INTEGER:
+        labels = rng.uniform(0.1, 1, (3, 4)).astype(np.float32)
+    loss, truth = getattr(xent_jax, base), getattr(oracle, base)
+    weights = np.linspace(0.5, 2.0, 4, dtype=np.float32)
+
+    def gradient(weights):
+        return truth(
+            logits, labels, label_smoothing=0.1, class_weights=weights
+        ).gradient
+
+    def total(x, w):
+        return loss(x, labels, label_smoothing=0.1, class_weights=w).sum()
+
+    mixed = jax.jacrev(jax.grad(total), argnums=1)(jnp.asarray(logits), weights)
+    np.testing.assert_allclose(mixed, differences(gradient, weights), atol=1e-5)
+    other = jax.jacfwd(jax.grad(total, argnums=1))(jnp.asarray(logits), weights)
+    np.testing.assert_allclose(np.moveaxis(other, 0, -1), mixed, atol=1e-5)
+
+
+def test_confident_rows_keep_their_hessian():
+    # optax, torch and TF return 0: p_y rounds to 1.
+    loss = functools.partial(
+        xent_jax.softmax_cross_entropy_with_integer_labels, labels=jnp.array(1)
+    )
+    row = np.array([0.0, 25.0, 1.0])
+    rivals = np.exp(row[[0, 2]] - 25)
+    top = rivals.sum() / (1 + rivals.sum()) ** 2
+    for outer in (jax.jacfwd, jax.jacrev):
+        hessian = outer(jax.grad(loss))(jnp.asarray(row, jnp.float32))
+        np.testing.assert_allclose(hessian[1, 1], top, rtol=1e-6)
+
+
+def test_linearized_gradient_is_constant(rng):
+    logits = jnp.asarray(rng.standard_normal((3, 4)), jnp.float32)
+    labels = jnp.asarray(rng.dirichlet(np.ones(4), 3), jnp.float32)
+    surrogate = xent_jax.linearized_softmax_cross_entropy
+
+    def total(x, y):
+        return surrogate(x, y).sum()
+
+    truth = oracle.linearized_softmax_cross_entropy(logits, labels)
+    np.testing.assert_allclose(surrogate(logits, labels), truth.value, atol=1e-6)
+    gradient = jax.jit(jax.grad(total))(logits, labels)
+    np.testing.assert_allclose(gradient, truth.gradient, atol=1e-6)
+    forward = jax.jvp(lambda x: surrogate(x, labels), (logits,), (logits,))[1]
+    np.testing.assert_allclose(forward, truth.value, atol=1e-5)
+    assert not np.any(jax.hessian(total)(logits, labels))
+    assert not np.any(jax.grad(total, argnums=1)(logits, labels))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@every_loss
+def test_dtypes(case, dtype, rng):
+    inputs, labels = case.inputs(rng)
+    inputs = jnp.asarray(inputs, dtype)
+    labels = labels if case.kind == "ids" else labels.astype(np.float32)
+    value, gradient = jax.value_and_grad(lambda x: case(x, labels).sum())(inputs)
+    assert value.dtype == jnp.float32
+    assert gradient.dtype == inputs.dtype
+    exact = np.asarray(inputs).astype(np.float64)
+    truth = value_of(case.truth(exact, labels)).sum()
+    np.testing.assert_allclose(value, truth, rtol=2e-6)
+    rounding = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(
+        np.asarray(gradient).astype(np.float64),
+        true_gradient(case, exact, labels),
+        rtol=rounding,
+        atol=4e-6,
+    )
+
+
+@every_loss
+def test_float64(case, rng, x64):
+    inputs, labels = case.inputs(rng)
+    value, gradient = jax.value_and_grad(lambda x: case(x, labels).sum())(
+        jnp.asarray(inputs)
+    )
+    assert value.dtype == gradient.dtype == jnp.float64
+    np.testing.assert_allclose(
+        value, value_of(case.truth(inputs, labels)).sum(), rtol=1e-14
+    )
+    np.testing.assert_allclose(
+        gradient, true_gradient(case, inputs, labels), rtol=1e-9, atol=1e-9
+    )
+
+
+@every_loss
+def test_float32_stays_float32_with_x64_enabled(case, rng, x64):
+    inputs, labels = case.inputs(rng)
+    value = case(jnp.asarray(inputs, jnp.float32), labels)
+    assert value.dtype == jnp.float32
+    lists = case(inputs.tolist(), labels.tolist())
+    np.testing.assert_allclose(value, lists, rtol=1e-5)
+
+
+@every_loss
+def test_compiles_once_a_shape(case, setting):
+    inputs, labels = jnp.asarray(setting[0]), jnp.asarray(setting[1])
+    chex.clear_trace_counter()
+    loss = jax.jit(jax.value_and_grad(chex.assert_max_traces(_total(case), n=1)))
+    for shift in (0.0, 0.001, 0.002):
+        loss(inputs + shift, labels)
+
+
+def _total(case):
+    def total(x, y):
+        return case(x, y).sum()
+
+    return total
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES if "-" not in case.name])
+def test_reverse_mode_keeps_the_inputs_and_a_few_numbers_a_row(name, rng):
+    """What a loss keeps decides whether a model fits: one array of the logits' size."""
+    case = next(case for case in CASES if case.name == name)
+    inputs, labels = case.inputs(rng, rows=64, classes=128)
+    inputs = jnp.asarray(inputs, jnp.bfloat16)
+    labels = jnp.asarray(labels, None if case.kind == "ids" else jnp.float32)
+    pullback = jax.vjp(lambda x: case(x, labels), inputs)[1]
+    kept = [leaf for leaf in jax.tree.leaves(pullback) if isinstance(leaf, jax.Array)]
+    large = sorted(str(leaf.dtype) for leaf in kept if leaf.size >= inputs.size)
+    targets = [] if case.kind == "ids" else ["float32"]
+    if name in ("softmax_cross_entropy_with_integer_labels", "softmax_cross_entropy"):
+        assert large == ["bfloat16", *targets]
+    if name == "sigmoid_binary_cross_entropy":
+        assert large == ["bfloat16", *targets]
+    small = [leaf for leaf in kept if leaf.size < inputs.size]
+    assert sum(leaf.size for leaf in small) <= 10 * inputs.shape[0]
