@@ -20,6 +20,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("deterministic")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs():
+    """Forgets the programs of a module with it: there are thousands."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     """A generator with the same numbers in every test."""

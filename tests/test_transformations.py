@@ -182,11 +182,11 @@ def test_rows_sharded_in_shard_map(case, check_vma, rng):
         out_specs=spec,
         check_vma=check_vma,
     )
-    chex.assert_trees_all_close(
-        sharded(inputs, labels), case(inputs, labels), rtol=1e-6
-    )
+    results = [jax.jit(f)(inputs, labels) for f in (sharded, case)]
+    chex.assert_trees_all_close(*results, rtol=1e-6)
     gradients = [
-        jax.grad(lambda x, f=f: f(x, labels).sum())(inputs) for f in (sharded, case)
+        jax.jit(jax.grad(lambda x, f=f: f(x, labels).sum()))(inputs)
+        for f in (sharded, case)
     ]
     chex.assert_trees_all_close(*gradients, rtol=1e-5, atol=1e-7)
 
