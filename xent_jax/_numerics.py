@@ -154,11 +154,12 @@ def max_classes(
 def split_sum(values: jax.Array, **options: Any) -> jax.Array:
     """Returns the sum of numbers whose largest is about 1, the small ones apart.
 
-    So the 1 is rounded once, and not with every small number that is added to it.
+    So the 1 is rounded once, and not with every small number that is added to it. The
+    two comparisons are not one and its complement, because XLA:GPU would write a mask
+    that two reductions share to memory.
     """
-    small = values < 1
-    below = jnp.sum(jnp.where(small, values, 0), **options)
-    return below + jnp.sum(jnp.where(small, 0, values), **options)
+    below = jnp.sum(jnp.where(values >= 1, 0, values), **options)
+    return below + jnp.sum(jnp.where(values < 1, 0, values), **options)
 
 
 def two_sum(left: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -286,10 +287,11 @@ def target_statistics(
             lambda inputs, *others: term(masked(inputs), *others), operands, axis
         )
 
-    # `values < top` is False for a NaN, which so reaches the sum of the ties.
-    below = over(lambda x, t, top: jnp.where(x < top, jnp.exp(x - top), 0))
+    # Two comparisons, not one and its complement, as in `split_sum`: a NaN, for which
+    # both are False, so reaches both sums.
+    below = over(lambda x, t, top: jnp.where(x >= top, 0, jnp.exp(x - top)))
     ties = over(lambda x, t, top: jnp.where(x < top, 0, jnp.exp(x - top)))
-    rest = over(lambda x, t, top: jnp.where(x < top, t, 0))
+    rest = over(lambda x, t, top: jnp.where(x >= top, 0, t))
     total = rest + over(lambda x, t, top: jnp.where(x < top, 0, t))
     # 0·inf is never formed: a class without a target adds nothing.
     gap = over(lambda x, t, top: jnp.where(t == 0, 0, t * (top - x)))

@@ -198,7 +198,7 @@ def softmax_cross_entropy_with_integer_labels(
 def linearized_softmax_cross_entropy(
     logits: ArrayLike, labels: ArrayLike, axis: Axis = -1
 ) -> jax.Array:
-    """A surrogate with the gradient of `softmax_cross_entropy` and a cheaper form.
+    """A surrogate that has the gradient of `softmax_cross_entropy` and not its value.
 
         value[n] = Σ_v g[n, v]·logits[n, v],  g = stop_gradient((Σt)·softmax(x) − t)
 
@@ -206,7 +206,7 @@ def linearized_softmax_cross_entropy(
     not a cross-entropy: it may be negative, and for targets that sum to one it differs
     from it by the entropy of the softmax, `loss − value = H(softmax(logits))`. Some
     self-supervised codes train on it. Second derivatives and derivatives by `labels`
-    are 0: the bracket is a constant.
+    are 0: the bracket is a constant. The gradient keeps the logits and the labels.
 
     Args:
       logits: `float[..., V]`. Unnormalised log-probabilities. A class with `g = 0` adds
@@ -234,14 +234,7 @@ def linearized_softmax_cross_entropy(
     function = "linearized_softmax_cross_entropy"
     array, layout = _arguments.read_logits(function, "logits", logits, axis)
     targets = _arguments.read_targets(layout, labels, array.dtype)
-    inputs = Masked(array, None, None)
-    values = _numerics.masked(inputs)
-    statistics = _numerics.target_statistics(inputs, targets, layout.axis)
-    gradient = jax.lax.stop_gradient(
-        _numerics.target_gradient(values, targets, statistics)
-    )
-    product = jnp.where(gradient == 0, 0, gradient * values)
-    return layout.squeeze(jnp.sum(product, axis=layout.axis, keepdims=True))
+    return layout.squeeze(_terms.linearized_terms(layout.axis, array, targets))
 
 
 def _count_classes(array: jax.Array, layout: Layout, keep: Keep) -> jax.Array:

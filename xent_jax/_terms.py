@@ -58,34 +58,74 @@ def label_terms(
     """
     inputs = Masked(logits, keep_class, keep_row)
     statistics = _numerics.label_statistics(inputs, labels, config.axis)
-    return _label_terms(config, inputs, class_weights, statistics)
+    return _label_terms(config, inputs, labels, class_weights, statistics)
 
 
 def _label_terms(
     config: LabelConfig,
     inputs: Masked,
+    labels: jax.Array,
     class_weights: jax.Array | None,
     statistics: LabelStatistics,
 ) -> LabelTerms:
     spread = None
     if config.spread:
-        # Both terms are non-negative. A weight of 0 drops an infinite difference.
-        def difference(inputs: Masked, weights: Any, largest: Any) -> jax.Array:
-            below = largest - _numerics.masked(inputs)
-            if weights is not None:
-                below = jnp.where(weights == 0, 0, weights * below)
-            return _numerics.zero_where_dropped(below, inputs)
-
-        operands = (inputs, class_weights, statistics.largest)
-        below = _numerics.sum_classes(difference, operands, config.axis)
-        total = total_weight(inputs, class_weights, config.axis)
-        spread = below + total * statistics.log_mass
+        spread = _spread(config.axis, inputs, labels, class_weights, statistics)
     terms = LabelTerms(
         statistics.loss,
         spread,
         statistics.log_normalizer if config.normalizer else None,
     )
     return jax.tree.map(lambda term: _numerics.zero_where_dropped(term, inputs), terms)
+
+
+def _spread(
+    axis: int,
+    inputs: Masked,
+    labels: jax.Array,
+    class_weights: jax.Array | None,
+    statistics: LabelStatistics,
+) -> jax.Array:
+    """Returns Σ_j w_j (log-normaliser − x_j), from non-negative terms alone.
+
+    The differences are taken from the best rival, which is known before the largest
+    logit is, so that the sum shares its pass over the logits with the normaliser's.
+    """
+
+    def rival_term(
+        inputs: Any, index: Any, labels: Any, weights: Any, pivot: Any
+    ) -> Any:
+        below = pivot - _numerics.masked(inputs)
+        if weights is not None:
+            # A weight of 0 drops an infinite difference.
+            below = jnp.where(weights == 0, 0, weights * below)
+        below = jnp.where(index == labels, 0, below)
+        return _numerics.zero_where_dropped(below, inputs)
+
+    index = _numerics.class_index(inputs.logits, axis)
+    operands = (inputs, index, labels, class_weights, statistics.pivot)
+    below = _numerics.sum_classes(rival_term, operands, axis)
+    rivals, own = split_weight(inputs, labels, class_weights, axis)
+    # Where every rival is impossible the pivot is a stand-in, and so is the rise.
+    rise = jnp.where(rivals == 0, 0, rivals * (statistics.largest - statistics.pivot))
+    label_gap = statistics.loss - statistics.log_mass
+    gap = jnp.where(own == 0, 0, own * label_gap)
+    return below + rise + gap + (rivals + own) * statistics.log_mass
+
+
+def split_weight(
+    inputs: Masked, labels: jax.Array, class_weights: jax.Array | None, axis: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the sum of the kept rivals' weights and the label's weight, a row."""
+    dtype = _numerics.accumulation_dtype(inputs.logits.dtype)
+    weights = jnp.ones((), dtype) if class_weights is None else class_weights
+    hit = _numerics.class_index(inputs.logits, axis) == labels
+    shape = jnp.broadcast_shapes(hit.shape, weights.shape)
+    if inputs.keep_class is not None:
+        weights = jnp.where(inputs.keep_class, weights, jnp.zeros((), dtype))
+    weights = jnp.broadcast_to(weights, shape)
+    rivals = jnp.sum(jnp.where(hit, 0, weights), axis=axis, keepdims=True)
+    return rivals, jnp.sum(jnp.where(hit, weights, 0), axis=axis, keepdims=True)
 
 
 def total_weight(
@@ -110,7 +150,7 @@ def _label_terms_jvp(
     logits, labels, class_weights, keep_class, keep_row = primals
     inputs = Masked(logits, keep_class, keep_row)
     statistics = _numerics.label_statistics(inputs, labels, config.axis)
-    terms = _label_terms(config, inputs, class_weights, statistics)
+    terms = _label_terms(config, inputs, labels, class_weights, statistics)
     logits_dot = None if _is_symbolic_zero(tangents[0]) else tangents[0]
     weights_dot = None if _is_symbolic_zero(tangents[2]) else tangents[2]
     rule = jax.checkpoint(
@@ -242,3 +282,52 @@ def _target_terms_dot(
         surprise = jnp.log1p(statistics.excess) + (statistics.largest - values)
         loss = loss + inner(surprise, targets_dot)
     return TargetTerms(loss, normalizer)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def linearized_terms(axis: int, logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """Returns Σ_j g_j·x_j with g = T·softmax(x) − t, a constant to differentiation.
+
+    As Σ g = 0, the logits may be replaced by their distance to the largest: the value
+    then needs numbers a row, not the array g, and does not depend on a common offset.
+    """
+    inputs = Masked(logits, None, None)
+    statistics = _numerics.target_statistics(inputs, targets, axis)
+
+    def pull(inputs: Any, targets: Any, largest: Any) -> jax.Array:
+        below = largest - _numerics.masked(inputs)
+        return jnp.where(targets == 0, 0, targets * below)
+
+    def push(inputs: Any, largest: Any) -> jax.Array:
+        below = largest - _numerics.masked(inputs)
+        power = jnp.exp(-below)
+        return jnp.where(power == 0, 0, power * below)
+
+    largest = statistics.largest
+    targeted = _numerics.sum_classes(pull, (inputs, targets, largest), axis)
+    expected = _numerics.sum_classes(push, (inputs, largest), axis)
+    return targeted - statistics.total * (expected / (1 + statistics.excess))
+
+
+@functools.partial(linearized_terms.defjvp, symbolic_zeros=True)
+def _linearized_terms_jvp(
+    axis: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    logits, targets = primals
+    value = linearized_terms(axis, logits, targets)
+    if _is_symbolic_zero(tangents[0]):
+        return value, jnp.zeros_like(value)
+    constants = jax.lax.stop_gradient((logits, targets))
+    inputs = Masked(constants[0], None, None)
+    statistics = _numerics.target_statistics(inputs, constants[1], axis)
+
+    def rule(
+        inputs: Masked, targets: Any, statistics: Any, direction: Any
+    ) -> jax.Array:
+        values = _numerics.masked(inputs)
+        gradient = _numerics.target_gradient(values, targets, statistics)
+        product = gradient * direction.astype(values.dtype)
+        return jnp.sum(product, axis=axis, keepdims=True)
+
+    rule = jax.checkpoint(rule, prevent_cse=False)
+    return value, rule(inputs, constants[1], statistics, tangents[0])

@@ -1,0 +1,129 @@
+"""The elementwise losses with the memory traffic that none of them can go below.
+
+The unit of traffic is a pass: one read or one write of an array of the logits' size.
+Where rows are normalised, one pass has to end before the next can begin:
+
+1. the maximum (or the sum, for probabilities) reads the logits,
+2. the sum of exponentials reads them again, with the dense labels if there are any,
+3. the gradient reads all of that once more and writes an array.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+import xent_jax
+
+Shape = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A loss and what it takes besides logits.
+
+    Attributes:
+      name: of the case.
+      function: the public function under test.
+      loss: calls it with logits and the other arguments, and with options.
+      others: the other arguments, of `argument`'s kinds.
+      passes: traffic of value and gradient of the mean loss, by the logits.
+    """
+
+    name: str
+    function: Callable[..., jax.Array]
+    loss: Callable[..., jax.Array]
+    others: tuple[str, ...]
+    passes: int
+
+    def arguments(
+        self, shape: Shape, dtype: DTypeLike
+    ) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The shapes and dtypes of all arguments, logits first."""
+        rows, classes = shape
+        kinds = {
+            "class ids": jax.ShapeDtypeStruct((rows,), jnp.int32),
+            "row mask": jax.ShapeDtypeStruct((rows,), jnp.bool_),
+            "class mask": jax.ShapeDtypeStruct((classes,), jnp.bool_),
+            "class weights": jax.ShapeDtypeStruct((classes,), jnp.float32),
+            "targets": jax.ShapeDtypeStruct(shape, dtype),
+        }
+        return (jax.ShapeDtypeStruct(shape, dtype), *(kinds[k] for k in self.others))
+
+    def value_and_grad(self, *arguments: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The mean loss and its gradient by the logits."""
+        return jax.value_and_grad(lambda *a: jnp.mean(self.loss(*a)))(*arguments)
+
+
+_integer = xent_jax.softmax_cross_entropy_with_integer_labels
+_dense = xent_jax.softmax_cross_entropy
+_sigmoid = xent_jax.sigmoid_binary_cross_entropy
+_linearized = xent_jax.linearized_softmax_cross_entropy
+_nll = xent_jax.nll_loss
+_categorical = xent_jax.categorical_cross_entropy
+_binary = xent_jax.binary_cross_entropy
+
+CASES = (
+    # Class ids add no pass, and neither does an option: three reads and a write.
+    Case("integer", _integer, _integer, ("class ids",), 4),
+    Case(
+        "integer-where",
+        _integer,
+        lambda x, y, keep: _integer(x, y, where=keep),
+        ("class ids", "row mask"),
+        4,
+    ),
+    Case(
+        "integer-class-mask",
+        _integer,
+        lambda x, y, keep: _integer(x, y, where=jnp.broadcast_to(keep, x.shape)),
+        ("class ids", "class mask"),
+        4,
+    ),
+    Case(
+        "integer-smoothing-z-loss",
+        _integer,
+        lambda x, y: _integer(x, y, label_smoothing=0.1, z_loss=1e-4),
+        ("class ids",),
+        4,
+    ),
+    Case(
+        "integer-weights-smoothing",
+        _integer,
+        lambda x, y, w: _integer(x, y, class_weights=w, label_smoothing=0.1),
+        ("class ids", "class weights"),
+        4,
+    ),
+    # Dense labels are read with the sum and with the gradient: two passes more.
+    Case("dense", _dense, _dense, ("targets",), 6),
+    Case(
+        "dense-smoothing-z-loss",
+        _dense,
+        lambda x, y: _dense(x, y, label_smoothing=0.1, z_loss=1e-4),
+        ("targets",),
+        6,
+    ),
+    Case(
+        "dense-weights",
+        _dense,
+        lambda x, y, w: _dense(x, y, class_weights=w, label_smoothing=0.1),
+        ("targets", "class weights"),
+        6,
+    ),
+    Case("linearized", _linearized, _linearized, ("targets",), 6),
+    Case("categorical", _categorical, _categorical, ("targets",), 6),
+    # Nothing is normalised: each element is read once, with its label.
+    Case("sigmoid", _sigmoid, _sigmoid, ("targets",), 3),
+    Case(
+        "sigmoid-smoothing-weight",
+        _sigmoid,
+        lambda x, y, w: _sigmoid(x, y, pos_weight=w, label_smoothing=0.1),
+        ("targets", "class weights"),
+        3,
+    ),
+    Case("binary", _binary, _binary, ("targets",), 3),
+    # The gradient does not depend on the log-probabilities: one read, one write.
+    Case("nll", _nll, _nll, ("class ids",), 2),
+)

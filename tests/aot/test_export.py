@@ -1,0 +1,120 @@
+"""Every public function as an exported program for all platforms, with no compiler.
+
+Exporting lowers for the three platforms on any machine; what comes out is what a
+server loads. It must survive serialisation and give on a CPU what the function gives.
+"""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import xent_jax
+from aot.cases import CASES, Case
+
+# JAX needs it to serialise, and does not depend on it.
+pytest.importorskip("flatbuffers")
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+# Rows of 1024 take the path that is special to long rows on a CPU.
+SHAPE = (4, 1024)
+
+ALL_CASES = (
+    *CASES,
+    Case(
+        "weighted-mean",
+        xent_jax.weighted_mean,
+        xent_jax.weighted_mean,
+        ("targets",),
+        passes=3,
+    ),
+)
+
+# The options of a function only matter to its own values.
+ONE_CASE_A_FUNCTION = list(
+    {case.function: case for case in reversed(ALL_CASES)}.values()
+)
+
+
+def every(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+
+
+def sample(arguments):
+    """Arrays of the given shapes that are logits and probabilities alike."""
+    generator = np.random.default_rng(0)
+
+    def draw(argument):
+        if argument.dtype == jnp.bool_:
+            return jnp.asarray(generator.random(argument.shape) < 0.7)
+        if argument.dtype == jnp.int32:
+            return jnp.asarray(
+                generator.integers(0, SHAPE[1], argument.shape, np.int32)
+            )
+        values = generator.uniform(0.01, 0.99, argument.shape)
+        return jnp.asarray(values, argument.dtype)
+
+    return [draw(argument) for argument in arguments]
+
+
+def assert_close(got, want):
+    """Equal up to the order of summation, and one rounding where that tips one."""
+
+    def check(got, want):
+        assert got.dtype == want.dtype
+        exact = np.asarray(want, np.float64)
+        relative = max(1e-6, float(jnp.finfo(want.dtype).eps))
+        absolute = 1e-6 * np.abs(exact).max()
+        np.testing.assert_allclose(
+            np.asarray(got, np.float64), exact, rtol=relative, atol=absolute
+        )
+
+    jax.tree.map(check, got, want)
+
+
+def exported_and_back(function, arguments, **options):
+    """The function as a server gets it."""
+    exported = export.export(jax.jit(function), platforms=PLATFORMS)(*arguments)
+    restored = export.deserialize(exported.serialize(**options))
+    assert restored.platforms == PLATFORMS
+    return restored.call
+
+
+def test_every_public_function_has_a_case():
+    public = {
+        name for name in xent_jax.__all__ if inspect.isfunction(getattr(xent_jax, name))
+    }
+    assert public == {case.function.__name__ for case in ALL_CASES}
+
+
+@every(ALL_CASES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_value_and_gradient_survive_export(case, dtype):
+    arguments = sample(case.arguments(SHAPE, dtype))
+    call = exported_and_back(case.value_and_grad, arguments)
+    assert_close(call(*arguments), jax.jit(case.value_and_grad)(*arguments))
+
+
+@every(ONE_CASE_A_FUNCTION)
+def test_exported_value_can_be_differentiated(case):
+    arguments = sample(case.arguments(SHAPE, "float32"))
+    call = exported_and_back(case.loss, arguments, vjp_order=1)
+
+    def mean(*arguments):
+        return jnp.mean(call(*arguments))
+
+    _, gradient = jax.jit(case.value_and_grad)(*arguments)
+    assert_close(jax.jit(jax.grad(mean))(*arguments), gradient)
+
+
+@every(ONE_CASE_A_FUNCTION)
+def test_number_of_rows_may_stay_open(case):
+    arguments = sample(case.arguments(SHAPE, "float32"))
+    (rows,) = export.symbolic_shape("rows")
+    shapes = case.arguments((rows, SHAPE[1]), "float32")
+    call = exported_and_back(case.value_and_grad, shapes)
+    assert_close(call(*arguments), jax.jit(case.value_and_grad)(*arguments))
