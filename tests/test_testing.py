@@ -62,7 +62,7 @@ def test_a_loss_of_ones_own(rng):
     def plain(logits, labels):
         return jax.nn.logsumexp(logits, -1) - logits[jnp.arange(3), labels]
 
-    with pytest.raises(ValueError, match="law_of: loss must be one of"):
+    with pytest.raises(ValueError, match=r"name the law .* law=xent_jax.testing"):
         testing.assert_gradient_law(plain, logits, ids)
     testing.assert_gradient_law(plain, logits, ids, law=testing.SOFTMAX_LAW)
     # It cannot do a confident row.
@@ -104,6 +104,19 @@ def test_a_wrong_forward_mode_is_found(rng):
         testing.assert_gradient_law(
             lambda x, y: broken(x), logits, np.array([0, 1, 2]), law=testing.SOFTMAX_LAW
         )
+
+
+def test_a_jitted_loss_has_the_law_of_the_loss(rng):
+    logits, ids = rng.standard_normal((3, 4)).astype(np.float32), np.array([0, 1, 2])
+    testing.assert_gradient_law(jax.jit(INTEGER), logits, ids)
+
+
+def test_bad_arguments_get_the_message_of_the_loss(rng):
+    logits, ids = rng.standard_normal((3, 4)).astype(np.float32), np.array([0, 1])
+    with pytest.raises(ValueError, match=r"labels must have shape \(3,\)"):
+        testing.assert_gradient_law(INTEGER, logits, ids)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'smoothing'"):
+        testing.assert_gradient_law(INTEGER, logits, np.arange(3), smoothing=0.1)
 
 
 def test_a_wrong_law_is_found():

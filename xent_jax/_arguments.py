@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from xent_jax import _checks
@@ -86,7 +87,7 @@ def read_logits(
     function: str, name: str, logits: ArrayLike, axis: Axis
 ) -> tuple[jax.Array, Layout]:
     """Returns the logits (or log-probabilities, or probabilities) and their layout."""
-    array = jnp.asarray(logits)
+    array = _checks.as_array(function, name, logits)
     _checks.check_floating(function, name, array)
     axes = _checks.canonical_axes(function, axis, array.ndim)
     layout = Layout(function, name, array.shape, axes)
@@ -102,7 +103,7 @@ def read_where(layout: Layout, where: ArrayLike | None) -> Keep:
     """
     if where is None:
         return Keep(None, None)
-    mask = jnp.asarray(where)
+    mask = _checks.as_array(layout.function, "where", where)
     _checks.check_boolean(layout.function, "where", mask)
     if mask.shape == layout.shape:
         classes = layout.classes(mask)
@@ -122,7 +123,11 @@ def read_class_ids(layout: Layout, labels: ArrayLike, keep: Keep) -> jax.Array:
     The range is checked in the caller's dtype: a narrower or wider integer never wraps
     into the classes.
     """
-    ids = jnp.asarray(labels)
+    if isinstance(labels, np.ndarray) and labels.dtype in (np.int64, np.uint64):
+        # Without 64-bit types JAX would keep the low 32 bits of an id.
+        inside = (labels >= 0) & (labels < layout.num_classes)
+        labels = np.where(inside, labels, -1).astype(np.int32)
+    ids = _checks.as_array(layout.function, "labels", labels)
     _checks.check_class_ids(layout.function, "labels", ids)
     _checks.check_shape(
         layout.function, "labels", ids, layout.batch_shape, layout.batch_meaning
@@ -137,7 +142,7 @@ def read_class_ids(layout: Layout, labels: ArrayLike, keep: Keep) -> jax.Array:
 
 def read_targets(layout: Layout, labels: ArrayLike, dtype: jnp.dtype) -> jax.Array:
     """Returns dense targets in the accumulation dtype."""
-    array = jnp.asarray(labels)
+    array = _checks.as_array(layout.function, "labels", labels)
     _checks.check_real(layout.function, "labels", array)
     _checks.check_shape(
         layout.function, "labels", array, layout.shape, f"that of {layout.name}"
@@ -151,7 +156,7 @@ def read_class_weights(
     """Returns the weights in the accumulation dtype, on the class axis."""
     if class_weights is None:
         return None
-    array = jnp.asarray(class_weights)
+    array = _checks.as_array(layout.function, "class_weights", class_weights)
     _checks.check_real(layout.function, "class_weights", array)
     shape = (layout.num_classes,)
     _checks.check_shape(

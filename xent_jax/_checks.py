@@ -25,6 +25,18 @@ def fail(
     raise kind(f"{function}: {argument} must {expected}, got {got}.")
 
 
+def as_array(function: str, argument: str, value: ArrayLike) -> jax.Array:
+    """Returns `value` as an array; a list or NumPy float64 gets JAX's default dtype."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        message = (
+            f"{function}: {argument} must be an array of numbers, "
+            f"got {type(value).__name__} ({error})."
+        )
+        raise TypeError(message) from error
+
+
 def check_shape(
     function: str, argument: str, array: jax.Array, shape: Shape, meaning: str
 ) -> None:
@@ -79,7 +91,7 @@ def check_number(
         check_real(function, argument, value)
         return
     number = np.asarray(value)
-    if number.shape != () or number.dtype.kind not in "biuf":
+    if number.shape != () or number.dtype.kind not in "iuf":
         fail(TypeError, function, argument, "be a real number", repr(value))
     edges = "()" if inside else "[]"
     expected = f"lie in {edges[0]}{lowest}, {highest}{edges[1]}"

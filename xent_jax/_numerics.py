@@ -131,8 +131,11 @@ def reduce_classes(
         part = jnp.where(parts[0] == parts[0], parts[0], jnp.nan)
         return reduce(part, axis=(-2, -1))[..., None]
 
-    size = max(array.shape[axis] for array in jax.tree.leaves(operands))
-    if axis != -1 or size < _SMALLEST_FOLDED or size % (_FOLDS * _LANES):
+    sizes = [array.shape[axis] for array in jax.tree.leaves(operands)]
+    size = next((size for size in sizes if size != 1), 1)
+    # A symbolic number of classes is no int, and may be anything.
+    foldable = isinstance(size, int) and size % (_FOLDS * _LANES) == 0
+    if axis != -1 or not foldable or size < _SMALLEST_FOLDED:
         return plain(*operands)
     return jax.lax.platform_dependent(*operands, cpu=folded, default=plain)
 
@@ -294,7 +297,7 @@ def target_statistics(
     rest = over(lambda x, t, top: jnp.where(x >= top, 0, t))
     total = rest + over(lambda x, t, top: jnp.where(x < top, 0, t))
     # 0·inf is never formed: a class without a target adds nothing.
-    gap = over(lambda x, t, top: jnp.where(t == 0, 0, t * (top - x)))
+    gap = over(lambda x, t, top: t * jnp.where(t == 0, 0, top - x))
     excess = below + (ties - 1)
     log_mass = jnp.log1p(excess)
     return TargetStatistics(

@@ -1,5 +1,7 @@
 """Losses of numbers that are already normalised: log-probabilities, probabilities."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -183,16 +185,16 @@ def binary_cross_entropy(
       [ 0.1054  0.2231 16.1181]
     """
     function = "binary_cross_entropy"
-    array = jnp.asarray(probs)
+    array = _checks.as_array(function, "probs", probs)
     _checks.check_floating(function, "probs", array)
-    targets = jnp.asarray(labels)
+    targets = _checks.as_array(function, "labels", labels)
     _checks.check_real(function, "labels", targets)
     meaning = "that of probs"
     _checks.check_shape(function, "labels", targets, array.shape, meaning)
     _checks.check_number(function, "epsilon", epsilon, 0, 0.5, inside=True)
     values = array.astype(accumulation_dtype(array.dtype))
     targets = targets.astype(values.dtype)
-    keep = None if where is None else jnp.asarray(where)
+    keep = None if where is None else _checks.as_array(function, "where", where)
     if keep is not None:
         _checks.check_boolean(function, "where", keep)
         _checks.check_shape(function, "where", keep, array.shape, meaning)

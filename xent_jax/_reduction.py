@@ -1,5 +1,7 @@
 """The mean that a training loop takes of per-example losses."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -14,8 +16,12 @@ def weighted_mean(values: ArrayLike, weights: ArrayLike | None = None) -> jax.Ar
         Σ weights·values / Σ weights
 
     With the mask that a loss was given as `where`, this is the mean over the examples
-    that count: `weighted_mean(loss, mask)`. It is not PyTorch's mean under class
-    weights, whose denominator is the sum of the labels' weights over the kept rows:
+    that count: `weighted_mean(loss, mask)`. Give the mask to both: the NaN of a bad row
+    of weight 0 is left out of the mean, but its own gradient is NaN whatever it is
+    multiplied by.
+
+    It is not PyTorch's mean under class weights, whose denominator is the sum of the
+    labels' weights over the kept rows:
     `loss.sum() / where(keep, w[where(keep, labels, 0)], 0).sum()`.
 
     Args:
@@ -39,13 +45,13 @@ def weighted_mean(values: ArrayLike, weights: ArrayLike | None = None) -> jax.Ar
       2.0
     """
     function = "weighted_mean"
-    array = jnp.asarray(values)
+    array = _checks.as_array(function, "values", values)
     _checks.check_floating(function, "values", array)
     array = array.astype(accumulation_dtype(array.dtype))
     if weights is None:
         scale = jnp.ones_like(array)
     else:
-        scale = jnp.asarray(weights)
+        scale = _checks.as_array(function, "weights", weights)
         _checks.check_real(function, "weights", scale)
         _checks.check_shape(function, "weights", scale, array.shape, "that of values")
         scale = scale.astype(array.dtype)

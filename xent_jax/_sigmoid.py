@@ -1,5 +1,7 @@
 """Sigmoid (binary) cross-entropy."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any, NamedTuple
 
@@ -32,12 +34,13 @@ def sigmoid_binary_cross_entropy(
     Args:
       logits: `float[...]`. At ±inf, loss and gradient are the limits.
       labels: `[...]`, the shape of `logits`. Integer and boolean labels are taken as
-        numbers.
+        numbers. The formula is used for numbers outside [0, 1] too.
       where: `bool[...]`, the shape of `logits`. Elements that count; a dropped element
         has loss and gradient exactly 0, whatever it holds. A mask of the examples is
         `jnp.broadcast_to(keep[:, None], logits.shape)`.
       pos_weight: `float[]`, `float[C]` for the last axis, or `float[...]` of the shape
-        of `logits`. Multiplies the loss of the positive part, as in PyTorch.
+        of `logits` (for another axis: `jnp.broadcast_to(weight, logits.shape)`).
+        Multiplies the loss of the positive part, as in PyTorch.
       label_smoothing: In [0, 1]. Pulls the labels towards 1/2, as in Keras.
 
     Returns:
@@ -65,15 +68,15 @@ def sigmoid_binary_cross_entropy(
       Bishop, *Pattern Recognition and Machine Learning*, section 4.3.2.
     """
     function = "sigmoid_binary_cross_entropy"
-    array = jnp.asarray(logits)
+    array = _checks.as_array(function, "logits", logits)
     _checks.check_floating(function, "logits", array)
     dtype = accumulation_dtype(array.dtype)
-    targets = jnp.asarray(labels)
+    targets = _checks.as_array(function, "labels", labels)
     _checks.check_real(function, "labels", targets)
     meaning = "that of logits"
     _checks.check_shape(function, "labels", targets, array.shape, meaning)
     targets = targets.astype(dtype)
-    keep = None if where is None else jnp.asarray(where)
+    keep = None if where is None else _checks.as_array(function, "where", where)
     if keep is not None:
         _checks.check_boolean(function, "where", keep)
         _checks.check_shape(function, "where", keep, array.shape, meaning)
@@ -89,7 +92,7 @@ def sigmoid_binary_cross_entropy(
 def _read_pos_weight(pos_weight: ArrayLike, logits: jax.Array) -> jax.Array:
     """Returns the weight in the accumulation dtype, of the rank of the logits."""
     function = "sigmoid_binary_cross_entropy"
-    weight = jnp.asarray(pos_weight)
+    weight = _checks.as_array(function, "pos_weight", pos_weight)
     _checks.check_real(function, "pos_weight", weight)
     if weight.shape not in ((), logits.shape[-1:], logits.shape):
         expected = f"have shape (), {logits.shape[-1:]} or {logits.shape}"
@@ -137,7 +140,7 @@ def _binary_terms(
 ) -> jax.Array:
     parts = _parts(logits, targets, weight, keep)
     losing = jnp.where(parts.ahead, parts.negative, parts.positive)
-    linear = jnp.where(losing == 0, 0, losing * parts.size)
+    linear = losing * jnp.where(losing == 0, 0, parts.size)
     total = parts.positive + parts.negative
     return _kept(total * jnp.log1p(parts.small) + linear, keep)
 

@@ -1,5 +1,7 @@
 """Softmax cross-entropy for dense targets and for class ids."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -250,7 +252,6 @@ def _share(share: jax.Array, targets: jax.Array, logits: jax.Array) -> jax.Array
     way to the derivative by the other factor.
     """
     impossible = logits == -jnp.inf
-    share = jnp.broadcast_to(share, targets.shape)
     fixed = jax.lax.stop_gradient
     return jnp.where(impossible & (targets == 0), fixed(share), share) * jnp.where(
         impossible & (share == 0), fixed(targets), targets

@@ -98,7 +98,7 @@ def _spread(
         below = pivot - _numerics.masked(inputs)
         if weights is not None:
             # A weight of 0 drops an infinite difference.
-            below = jnp.where(weights == 0, 0, weights * below)
+            below = weights * jnp.where(weights == 0, 0, below)
         below = jnp.where(index == labels, 0, below)
         return _numerics.zero_where_dropped(below, inputs)
 
@@ -107,40 +107,48 @@ def _spread(
     below = _numerics.sum_classes(rival_term, operands, axis)
     rivals, own = split_weight(inputs, labels, class_weights, axis)
     # Where every rival is impossible the pivot is a stand-in, and so is the rise.
-    rise = jnp.where(rivals == 0, 0, rivals * (statistics.largest - statistics.pivot))
-    label_gap = statistics.loss - statistics.log_mass
-    gap = jnp.where(own == 0, 0, own * label_gap)
-    return below + rise + gap + (rivals + own) * statistics.log_mass
+    rise = jnp.where(rivals == 0, 0, statistics.largest - statistics.pivot)
+    gap = jnp.where(own == 0, 0, statistics.loss - statistics.log_mass)
+    fixed = (rivals + own) * statistics.log_mass
+    return below + rivals * rise + own * gap + fixed
 
 
 def split_weight(
     inputs: Masked, labels: jax.Array, class_weights: jax.Array | None, axis: int
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the sum of the kept rivals' weights and the label's weight, a row."""
-    dtype = _numerics.accumulation_dtype(inputs.logits.dtype)
-    weights = jnp.ones((), dtype) if class_weights is None else class_weights
     hit = _numerics.class_index(inputs.logits, axis) == labels
-    shape = jnp.broadcast_shapes(hit.shape, weights.shape)
+    rival = ~hit
     if inputs.keep_class is not None:
-        weights = jnp.where(inputs.keep_class, weights, jnp.zeros((), dtype))
-    weights = jnp.broadcast_to(weights, shape)
-    rivals = jnp.sum(jnp.where(hit, 0, weights), axis=axis, keepdims=True)
-    return rivals, jnp.sum(jnp.where(hit, weights, 0), axis=axis, keepdims=True)
+        hit, rival = hit & inputs.keep_class, rival & inputs.keep_class
+    rivals, own = (
+        _sum_of_weights(chosen, inputs, class_weights, axis) for chosen in (rival, hit)
+    )
+    return rivals, own
+
+
+def _sum_of_weights(
+    chosen: jax.Array, inputs: Masked, class_weights: jax.Array | None, axis: int
+) -> jax.Array:
+    """Returns the sum of the chosen classes' weights, or their number, a row."""
+    # A product, not a select between a weight and 0: on a mesh of Explicit axes the
+    # two would have to be sharded as the mask is.
+    weights = chosen.astype(_numerics.accumulation_dtype(inputs.logits.dtype))
+    if class_weights is not None:
+        weights = weights * class_weights
+    return jnp.sum(weights, axis=axis, keepdims=True)
 
 
 def total_weight(
     inputs: Masked, class_weights: jax.Array | None, axis: int
 ) -> jax.Array:
     """Returns the sum of the kept classes' weights, or their number, a row."""
-    dtype = _numerics.accumulation_dtype(inputs.logits.dtype)
     if inputs.keep_class is None:
         if class_weights is not None:
             return jnp.sum(class_weights, axis=axis, keepdims=True)
-        count = jnp.asarray(inputs.logits.shape[axis], dtype)
-        return count.reshape((1,) * inputs.logits.ndim)
-    weights = jnp.ones((), dtype) if class_weights is None else class_weights
-    kept = jnp.where(inputs.keep_class, weights, jnp.zeros((), dtype))
-    return jnp.sum(kept, axis=axis, keepdims=True)
+        dtype = _numerics.accumulation_dtype(inputs.logits.dtype)
+        return jnp.full((1,) * inputs.logits.ndim, inputs.logits.shape[axis], dtype)
+    return _sum_of_weights(inputs.keep_class, inputs, class_weights, axis)
 
 
 @functools.partial(label_terms.defjvp, symbolic_zeros=True)
@@ -296,12 +304,12 @@ def linearized_terms(axis: int, logits: jax.Array, targets: jax.Array) -> jax.Ar
 
     def pull(inputs: Any, targets: Any, largest: Any) -> jax.Array:
         below = largest - _numerics.masked(inputs)
-        return jnp.where(targets == 0, 0, targets * below)
+        return targets * jnp.where(targets == 0, 0, below)
 
     def push(inputs: Any, largest: Any) -> jax.Array:
         below = largest - _numerics.masked(inputs)
         power = jnp.exp(-below)
-        return jnp.where(power == 0, 0, power * below)
+        return power * jnp.where(power == 0, 0, below)
 
     largest = statistics.largest
     targeted = _numerics.sum_classes(pull, (inputs, targets, largest), axis)

@@ -7,6 +7,7 @@ them in your own tests; `assert_law_differentiates` holds a law to finite differ
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,7 @@ __all__ = [
 
 
 def law_of(loss: Callable[..., Any]) -> Law:
-    """Returns the law of one of the package's losses.
+    """Returns the law of one of the package's losses, jitted or not.
 
     Raises:
       ValueError: `loss` is not one of them; name its law with `law=` then.
@@ -59,12 +60,13 @@ def law_of(loss: Callable[..., Any]) -> Law:
         xent_jax.categorical_cross_entropy: CATEGORICAL_LAW,
         xent_jax.binary_cross_entropy: BINARY_LAW,
     }
-    if loss not in laws:
+    known = laws.get(inspect.unwrap(loss))
+    if known is None:
         raise ValueError(
-            f"law_of: loss must be one of {sorted(known.__name__ for known in laws)}, "
-            f"got {loss!r}."
+            f"{loss!r} is none of {sorted(known.__name__ for known in laws)}: name the "
+            "law that it should obey, e.g. law=xent_jax.testing.SOFTMAX_LAW."
         )
-    return laws[loss]
+    return known
 
 
 def gradient_bound(dtype: jnp.dtype) -> float:
@@ -111,7 +113,8 @@ def assert_gradient_law(
       **options: Passed to the loss and to the law.
 
     Raises:
-      AssertionError: The gradient does not obey the law.
+      AssertionError: The gradient does not obey the law. The numbers shown are in
+        units of the law's magnitude.
       ValueError: `law` is missing and `loss` is not one of the package's.
 
     Examples:
@@ -127,18 +130,20 @@ def assert_gradient_law(
     law = law_of(loss) if law is None else law
     array = jax.device_put(jnp.asarray(logits), device)
     targets = jax.device_put(jnp.asarray(labels), device)
-    exact = np.asarray(array), np.asarray(targets)
-    expected = law.gradient(*exact, **options)
-    magnitude = law.magnitude(*exact, **options)
-    chex.assert_shape(expected, array.shape)
 
     def total(logits: jax.Array) -> jax.Array:
         return loss(logits, targets, **options).sum()
 
+    # The loss first: its messages about its arguments are better than a law's.
     gradients = {
         "grad": jax.grad(total)(array),
         "jit of grad": jax.jit(jax.grad(total))(array),
     }
+    exact = np.asarray(array), np.asarray(targets)
+    expected = law.gradient(*exact, **options)
+    magnitude = law.magnitude(*exact, **options)
+    chex.assert_shape(expected, array.shape)
+    units = "in units of the law's magnitude"
     for mode, gradient in gradients.items():
         chex.assert_equal_shape([gradient, array])
         chex.assert_type(gradient, array.dtype)
@@ -147,7 +152,7 @@ def assert_gradient_law(
             in_magnitudes(expected, magnitude),
             rtol=0,
             atol=gradient_bound(array.dtype) if bound is None else bound,
-            custom_message=f"{mode} of {loss}",
+            custom_message=f"{mode} of {loss}, {units}",
         )
     # Forward mode, along the signs of the law: no term cancels another.
     direction = jax.device_put(jnp.asarray(np.sign(expected), array.dtype), device)
@@ -158,7 +163,7 @@ def assert_gradient_law(
         float(np.abs(expected).sum() / (size or 1)),
         rtol=0,
         atol=gradient_bound(slope.dtype) if bound is None else bound,
-        custom_message=f"jvp of {loss}",
+        custom_message=f"jvp of {loss}, {units}",
     )
 
 

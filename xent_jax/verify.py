@@ -1,10 +1,10 @@
 """Checks every loss on every device that JAX sees: `python -m xent_jax.verify`.
 
-Each loss, in each dtype, is evaluated eagerly, jitted and vmapped, differentiated in
-reverse and in forward mode, and held to its float64 law (`xent_jax.testing`); the laws
-are held to finite differences first. A table says how far off each loss is and how far
-it may be. The exit status is 1 when one is too far off, and 2 when a platform is asked
-for that JAX does not have.
+Each loss, in float32, bfloat16 and float16, is evaluated eagerly, jitted and vmapped,
+differentiated in reverse and in forward mode, and held to its float64 law
+(`xent_jax.testing`); the laws are held to finite differences first. A table says how
+far off each loss is and how far it may be. The exit status is 1 when one is too far
+off, and 2 when a platform is asked for that JAX does not have.
 
 On a CPU the bounds are those of the package. Elsewhere they are widened by what the
 device's own `exp`, `log` and `log1p` are worse than the CPU's, measured first: the
