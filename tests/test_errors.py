@@ -80,7 +80,7 @@ VALUES = [
      "lie in [0, 1], got nan."),
     (SIGMOID, [LOGITS, LOGITS], {"label_smoothing": -0.1}, "label_smoothing must lie "
      "in [0, 1], got -0.1."),
-    (DENSE, [LOGITS, LOGITS], {"z_loss": -1}, "z_loss must lie in [0, inf], got -1."),
+    (DENSE, [LOGITS, LOGITS], {"z_loss": -1}, "z_loss must lie in [0, inf), got -1."),
     (DENSE, [LOGITS, LOGITS], {"z_loss": jnp.ones(2)}, "z_loss must be a scalar, got "
      "shape (2,)."),
     ("categorical_cross_entropy", [LOGITS, LOGITS], {"epsilon": 0.5}, "epsilon must "

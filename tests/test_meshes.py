@@ -44,6 +44,22 @@ SPECS = {"rows": ("a", None), "classes": (None, "a"), "both": ("a", "b")}
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("classes", [2048, 2176, 8192])
+def test_many_classes_over_any_number_of_shards(classes, kind, rng):
+    """2176 classes are 17 blocks of 128: not as many as there are shards."""
+    types = (getattr(jax.sharding.AxisType, kind),)
+    mesh = jax.make_mesh((4,), ("a",), axis_types=types, devices=jax.devices()[:4])
+    logits = rng.standard_normal((3, classes)).astype(np.float32)
+    ids = rng.integers(0, classes, 3)
+    mean = jax.jit(jax.value_and_grad(lambda x, y: INTEGER(x, y).mean()))
+    expected = mean(logits, ids)
+    with jax.set_mesh(mesh):
+        value, gradient = mean(jax.device_put(logits, jax.P(None, "a")), ids)
+    np.testing.assert_allclose(value, expected[0], rtol=2e-6)
+    np.testing.assert_allclose(gradient, expected[1], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize(("name", "mask"), MASKED)
 def test_sharded_is_unsharded(name, mask, spec, kind, rng):

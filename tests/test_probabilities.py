@@ -76,6 +76,18 @@ def test_dropped_elements_of_the_binary_loss(held):
     np.testing.assert_allclose(by_labels, [0, np.log(0.7 / 0.3)], rtol=1e-6)
 
 
+@pytest.mark.parametrize("epsilon", [1e-8, 1e-12, np.float64(1e-30)])
+def test_an_epsilon_below_the_resolution_is_still_a_clip(epsilon):
+    probs, labels = jnp.array([1.0, 0.0, 1.0, 7.0]), jnp.array([1.0, 0.0, 0.0, 0.0])
+    value, gradient = jax.value_and_grad(
+        lambda p: BINARY(p, labels, epsilon=epsilon).sum()
+    )(probs)
+    assert value.dtype == jnp.float32
+    assert np.isfinite(value)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_allclose(gradient[2:], 2.0**24, rtol=1e-6)
+
+
 def test_a_row_without_mass_is_nan():
     value = CATEGORICAL(np.zeros((1, 3)), np.eye(3)[:1])
     assert np.isnan(value).all()

@@ -361,11 +361,14 @@ def test_special_values_of_the_sigmoid(transform, logit, label, value, gradient)
 
 @both
 @pytest.mark.parametrize("loss", [INTEGER, DENSE, xent_jax.nll_loss])
-def test_empty_batch(transform, loss):
-    labels = np.zeros((0, 3), np.float32) if loss is DENSE else np.zeros(0, np.int32)
-    losses, gradients = evaluate(transform, loss, np.zeros((0, 3)), labels)
-    assert losses.shape == (0,)
-    assert gradients.shape == (0, 3)
+@pytest.mark.parametrize("classes", [3, 2048])
+@pytest.mark.parametrize("batch", [(0,), (3, 0)])
+def test_empty_batch(transform, loss, classes, batch):
+    logits = np.zeros((*batch, classes))
+    labels = logits.astype(np.float32) if loss is DENSE else np.zeros(batch, np.int32)
+    losses, gradients = evaluate(transform, loss, logits, labels)
+    assert losses.shape == batch
+    assert gradients.shape == logits.shape
 
 
 @both
@@ -465,3 +468,67 @@ def test_a_factor_of_zero_on_an_impossible_class(transform):
 
     by_label = transform(jax.grad(answer))(0.0, 0.0)
     assert by_label == 0
+
+
+@both
+@pytest.mark.parametrize("mask", ["rows", "classes"])
+def test_dropped_targets_leak_into_no_derivative(transform, mask):
+    """NaN labels where nothing counts, by every other argument."""
+    logits = jnp.array([[1.0, 2.0, -0.5], [0.3, -1.0, 2.0]])
+    where = jnp.array([True, False])
+    labels = jnp.array([[0.2, 0.3, 0.5], [NAN, NAN, INF]])
+    if mask == "classes":
+        where = jnp.array([[True, True, False], [False, True, True]])
+        labels = jnp.array([[0.2, 0.8, NAN], [INF, 0.5, 0.5]])
+
+    def total(logits, weights, smoothing, z_loss):
+        options = {"class_weights": weights, "label_smoothing": smoothing}
+        return DENSE(logits, labels, where=where, z_loss=z_loss, **options).sum()
+
+    point = (logits, jnp.array([1.0, 2.0, 3.0]), jnp.float32(0.1), jnp.float32(0.1))
+    gradients = transform(jax.grad(total, argnums=(0, 1, 2, 3)))(*point)
+    for gradient in gradients:
+        assert np.isfinite(gradient).all()
+
+    def answers(logits, smoothing):
+        keep = jnp.isfinite(labels)
+        return SIGMOID(logits, labels, where=keep, label_smoothing=smoothing).sum()
+
+    for gradient in transform(jax.grad(answers, argnums=(0, 1)))(logits, point[2]):
+        assert np.isfinite(gradient).all()
+
+
+@both
+def test_weights_that_are_not_finite_do_not_reach_what_is_dropped(transform):
+    logits, ids = np.array([[1.0, 2.0, 0.0], [0.3, -1.0, 2.0]]), np.array([1, -100])
+    weights = np.array([INF, 1.0, 2.0], np.float32)
+    keep = np.array([True, False])
+    losses, _ = evaluate(
+        transform, INTEGER, logits, ids, where=keep, class_weights=weights
+    )
+    assert np.isfinite(losses).all()
+    assert losses[1] == 0
+    classes = np.array([[False, True, True], [False, True, True]])
+    losses, gradients = evaluate(
+        transform,
+        INTEGER,
+        logits,
+        np.array([1, 2]),
+        where=classes,
+        class_weights=weights * np.array([NAN, 1, 1], np.float32),
+        label_smoothing=0.1,
+    )
+    assert np.isfinite(losses).all()
+    assert np.isfinite(gradients).all()
+
+
+@both
+def test_a_smoothing_schedule_may_reach_zero(transform):
+    rows, ids = [[0.0, 1.0, -INF]], np.array([0])
+    one_hot = np.eye(3, dtype=np.float32)[ids]
+    for loss, labels in ((INTEGER, ids), (DENSE, one_hot)):
+        losses, gradients = evaluate(
+            transform, loss, rows, labels, label_smoothing=np.float32(0)
+        )
+        np.testing.assert_allclose(losses, [np.log1p(np.e)], rtol=1e-6)
+        np.testing.assert_allclose(gradients, [two(2) - [1, 0, 0]], rtol=1e-6)

@@ -44,9 +44,12 @@ def test_the_laws_equal_the_oracle_of_the_tests(case, rng):
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_masks_and_axes(loss, axis, rng):
     logits = rng.standard_normal((4, 4)).astype(np.float32)
-    labels = rng.integers(0, 4, 4)
-    labels = labels if loss is INTEGER else np.eye(4, dtype=np.float32)[labels]
-    for where in (np.array([True, False, True, True]), rng.random((4, 4)) < 2):
+    ids = rng.integers(0, 4, 4)
+    dense = np.moveaxis(np.eye(4, dtype=np.float32)[ids], -1, axis)
+    labels = ids if loss is INTEGER else dense
+    classes = rng.random((4, 4)) < 0.7
+    one_hot = np.moveaxis(np.eye(4, dtype=bool)[ids], -1, axis)
+    for where in (np.array([True, False, True, True]), classes | one_hot, classes):
         testing.assert_gradient_law(loss, logits, labels, axis=axis, where=where)
 
 
@@ -117,6 +120,32 @@ def test_bad_arguments_get_the_message_of_the_loss(rng):
         testing.assert_gradient_law(INTEGER, logits, ids)
     with pytest.raises(TypeError, match="unexpected keyword argument 'smoothing'"):
         testing.assert_gradient_law(INTEGER, logits, np.arange(3), smoothing=0.1)
+
+
+def test_forward_mode_of_a_confident_row_is_not_lost_in_the_batch(rng):
+    logits, ids = rng.standard_normal((3, 4)).astype(np.float32), np.array([0, 1, 2])
+    logits[0, 0] = 25
+
+    @jax.custom_jvp
+    def broken(logits):
+        return INTEGER(logits, ids)
+
+    @broken.defjvp
+    def _(primals, tangents):
+        value, slope = jax.jvp(lambda x: INTEGER(x, ids), primals, tangents)
+        return value, slope * jnp.array([1.1, 1, 1])
+
+    direct = testing.SOFTMAX_LAW.gradient(logits, ids)
+    magnitude = testing.SOFTMAX_LAW.magnitude(logits, ids)
+    slope, truth = testing.forward_mode(broken, jnp.asarray(logits), direct, magnitude)
+    np.testing.assert_allclose(slope / truth, [1.1, 1, 1], rtol=1e-5)
+
+
+def test_bad_ids_are_nan_by_law(rng):
+    logits, ids = rng.standard_normal((3, 4)).astype(np.float32), np.array([0, -1, 4])
+    testing.assert_gradient_law(INTEGER, logits, ids)
+    keep = np.array([True, False, False])
+    testing.assert_gradient_law(INTEGER, logits, ids, where=keep)
 
 
 def test_a_wrong_law_is_found():

@@ -194,12 +194,18 @@ def test_rows_sharded_in_shard_map(case, check_vma, rng):
 def by_argument(name, base, rng):
     """A loss and its oracle as functions of one floating argument."""
     logits = rng.standard_normal((4, 5)).astype(np.float32)
+    # With a zero and a one among them: one-hot rows are what is used most.
     ids, targets = rng.integers(0, 5, 4), rng.uniform(0.1, 1, (4, 5)).astype(np.float32)
+    targets[0] = np.eye(5)[2]
     labels = ids if base == INTEGER else targets
     loss, truth = getattr(xent_jax, base), getattr(oracle, base)
-    weights = np.linspace(0.5, 2.0, 5, dtype=np.float32)
+    weights = np.linspace(0.0, 2.0, 5, dtype=np.float32)
     options = {"label_smoothing": np.float32(0.2), "z_loss": np.float32(0.1)}
-    if base == "sigmoid_binary_cross_entropy":
+    if base == "nll_loss":
+        labels, options = ids, {"class_weights": weights}
+    elif base in ("categorical_cross_entropy", "binary_cross_entropy"):
+        logits, options = rng.uniform(0.1, 0.9, (4, 5)).astype(np.float32), {}
+    elif base == "sigmoid_binary_cross_entropy":
         options = {"label_smoothing": np.float32(0.2), "pos_weight": weights}
     else:
         options["class_weights"] = weights
@@ -212,7 +218,7 @@ def by_argument(name, base, rng):
             lambda v, f=f: f(logits, labels, **options, **{name: v})
             for f in (loss, truth)
         ]
-    return point, calls[0], lambda v: calls[1](v).value
+    return point, calls[0], lambda v: value_of(calls[1](v))
 
 
 @pytest.mark.parametrize(
@@ -228,6 +234,9 @@ def by_argument(name, base, rng):
         ("sigmoid_binary_cross_entropy", "labels"),
         ("sigmoid_binary_cross_entropy", "label_smoothing"),
         ("sigmoid_binary_cross_entropy", "pos_weight"),
+        ("nll_loss", "class_weights"),
+        ("categorical_cross_entropy", "labels"),
+        ("binary_cross_entropy", "labels"),
     ],
 )
 @pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
@@ -239,27 +248,64 @@ def test_gradient_by_the_other_arguments(base, name, mode, rng):
     )
 
 
-@pytest.mark.parametrize("base", [INTEGER, "softmax_cross_entropy"])
-def test_mixed_second_derivative(base, rng):
-    logits = rng.standard_normal((3, 4)).astype(np.float32)
-    labels = rng.integers(0, 4, 3)
-    if base != INTEGER:
-        labels = rng.uniform(0.1, 1, (3, 4)).astype(np.float32)
-    loss, truth = getattr(xent_jax, base), getattr(oracle, base)
-    weights = np.linspace(0.5, 2.0, 4, dtype=np.float32)
+def mixed_case(name, masked, rng):
+    """A nonlinear function of a loss and of its oracle, by all floating arguments."""
+    logits = rng.standard_normal((2, 3))
+    one_hot = np.array([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
+    weights, smoothing, z_loss = np.array([0.0, 1.0, 2.0]), 0.1, 0.2
+    where = {"where": np.array([[True, True, False], [True] * 3])} if masked else {}
+    loss, truth = getattr(xent_jax, name), getattr(oracle, name)
+    if name == "sigmoid_binary_cross_entropy":
+        point = (logits, one_hot, weights, np.float64(smoothing))
 
-    def gradient(weights):
-        return truth(
-            logits, labels, label_smoothing=0.1, class_weights=weights
-        ).gradient
+        def call(function, x, y, w, s):
+            return function(x, y, pos_weight=w, label_smoothing=s, **where)
 
-    def total(x, w):
-        return loss(x, labels, label_smoothing=0.1, class_weights=w).sum()
+    elif name == INTEGER:
+        point, ids = (
+            (logits, weights, np.float64(smoothing), np.float64(z_loss)),
+            [0, 1],
+        )
 
-    mixed = jax.jacrev(jax.grad(total), argnums=1)(jnp.asarray(logits), weights)
-    np.testing.assert_allclose(mixed, differences(gradient, weights), atol=1e-5)
-    other = jax.jacfwd(jax.grad(total, argnums=1))(jnp.asarray(logits), weights)
-    np.testing.assert_allclose(np.moveaxis(other, 0, -1), mixed, atol=1e-5)
+        def call(function, x, w, s, z):
+            options = {"class_weights": w, "label_smoothing": s, "z_loss": z}
+            return function(x, np.array(ids), **options, **where)
+
+    else:
+        point = (logits, one_hot, weights, np.float64(smoothing), np.float64(z_loss))
+
+        def call(function, x, y, w, s, z):
+            options = {"class_weights": w, "label_smoothing": s, "z_loss": z}
+            return function(x, y, **options, **where)
+
+    return point, lambda *a: call(loss, *a), lambda *a: call(truth, *a).value
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize(
+    "name", [INTEGER, "softmax_cross_entropy", "sigmoid_binary_cross_entropy"]
+)
+def test_every_second_derivative_of_a_function_of_the_loss(name, masked, rng, x64):
+    """Zeros among targets and weights, and the square that a chain rule brings in."""
+    point, loss, truth = mixed_case(name, masked, rng)
+    sizes = np.cumsum([np.size(p) for p in point])[:-1]
+
+    def unpack(flat):
+        pieces = np.split(np.arange(flat.size), sizes)
+        parts = zip(pieces, point, strict=True)
+        return [flat[piece].reshape(np.shape(p)) for piece, p in parts]
+
+    flat = np.concatenate([np.ravel(p) for p in point])
+
+    def gradient(flat):
+        return differences(lambda v: (truth(*unpack(v)) ** 2).sum(), flat, 1e-3)
+
+    expected = differences(gradient, flat, 1e-3)
+    total = jax.jit(lambda v: (loss(*unpack(v)) ** 2).sum())
+    for outer in (jax.jacfwd, jax.jacrev):
+        for inner in (jax.jacfwd, jax.jacrev):
+            hessian = jax.jit(outer(inner(total)))(jnp.asarray(flat))
+            np.testing.assert_allclose(hessian, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_confident_rows_keep_their_hessian():
@@ -364,10 +410,11 @@ def test_reverse_mode_keeps_the_inputs_and_a_few_numbers_a_row(name, rng):
     pullback = jax.vjp(lambda x: case(x, labels), inputs)[1]
     kept = [leaf for leaf in jax.tree.leaves(pullback) if isinstance(leaf, jax.Array)]
     large = sorted(str(leaf.dtype) for leaf in kept if leaf.size >= inputs.size)
-    targets = [] if case.kind == "ids" else ["float32"]
-    if name in ("softmax_cross_entropy_with_integer_labels", "softmax_cross_entropy"):
-        assert large == ["bfloat16", *targets]
-    if name == "sigmoid_binary_cross_entropy":
-        assert large == ["bfloat16", *targets]
+    # Losses of log-probabilities and probabilities keep what they multiply with.
+    most = {"nll_loss": 2, "categorical_cross_entropy": 5, "binary_cross_entropy": 6}
+    if name in most:
+        assert len(large) <= most[name]
+    else:
+        assert large == ["bfloat16", *([] if case.kind == "ids" else ["float32"])]
     small = [leaf for leaf in kept if leaf.size < inputs.size]
     assert sum(leaf.size for leaf in small) <= 10 * inputs.shape[0]

@@ -91,6 +91,8 @@ def test_the_allowance_is_what_a_device_is_worse_by():
     coarse = {"exp": 3.0, "log": 2.2, "log1p": 2.0}
     np.testing.assert_allclose(verify.allowance_of(Device(), coarse), 2 * 2 + 1)
     assert verify.allowance_of(jax.devices()[0], coarse) == 0
+    for fault in (np.inf, np.nan, 1e9):
+        assert np.isnan(verify.allowance_of(Device(), fine | {"exp": fault}))
 
 
 def test_measured_primitives_are_those_of_the_device():

@@ -117,6 +117,18 @@ def read_where(layout: Layout, where: ArrayLike | None) -> Keep:
     return Keep(None, layout.rows(mask))
 
 
+def read_mask(
+    function: str, where: ArrayLike | None, shape: Shape, meaning: str
+) -> jax.Array | None:
+    """Returns the mask of a loss that is one number an element."""
+    if where is None:
+        return None
+    mask = _checks.as_array(function, "where", where)
+    _checks.check_boolean(function, "where", mask)
+    _checks.check_shape(function, "where", mask, shape, meaning)
+    return mask
+
+
 def read_class_ids(layout: Layout, labels: ArrayLike, keep: Keep) -> jax.Array:
     """Returns int32 ids: −1 for one outside the classes, 0 in a dropped row.
 

@@ -61,7 +61,9 @@ def check_class_ids(function: str, argument: str, array: jax.Array) -> None:
 
 def check_real(function: str, argument: str, array: jax.Array) -> None:
     """Raises unless `array` holds real numbers (floating, integer or boolean)."""
-    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+    dtype = array.dtype
+    numeric = jnp.issubdtype(dtype, jnp.number) or dtype == jnp.bool_
+    if not numeric or jnp.issubdtype(dtype, jnp.complexfloating):
         fail(TypeError, function, argument, "have a real dtype", array.dtype)
 
 
@@ -91,11 +93,12 @@ def check_number(
         check_real(function, argument, value)
         return
     number = np.asarray(value)
-    if number.shape != () or number.dtype.kind not in "iuf":
+    kinds = (jnp.integer, jnp.floating)
+    if number.shape or not any(jnp.issubdtype(number.dtype, kind) for kind in kinds):
         fail(TypeError, function, argument, "be a real number", repr(value))
-    edges = "()" if inside else "[]"
+    edges = "()" if inside else "[)" if np.isinf(highest) else "[]"
     expected = f"lie in {edges[0]}{lowest}, {highest}{edges[1]}"
-    low, high = number >= lowest, number <= highest
+    low, high = number >= lowest, number <= highest and np.isfinite(number)
     if inside:
         low, high = number > lowest, number < highest
     if not (low and high):
@@ -111,10 +114,9 @@ def canonical_axes(
       TypeError: `axis` is neither an integer nor a sequence of integers.
       ValueError: an axis lies outside the array, or is named twice, or none is named.
     """
-    if axis is None:
-        axis = range(ndim)
     try:
-        named = tuple(axis) if isinstance(axis, Sequence) else (axis,)
+        named = tuple(range(ndim)) if axis is None else axis
+        named = tuple(named) if isinstance(named, Sequence) else (named,)
         indices = [operator.index(index) for index in named]
     except TypeError:
         kind = "be an integer or a tuple of integers"

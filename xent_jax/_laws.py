@@ -66,6 +66,8 @@ def _rows(
         # The mass of a class id counts on a dropped class too: its loss is +inf.
         ids = np.where(keep_row, y[..., None], 0)
         targets = (np.arange(x.shape[-1]) == ids).astype(np.float64)
+        # An id outside the classes makes its row NaN.
+        targets = np.where((ids < 0) | (ids >= x.shape[-1]), np.nan, targets)
     else:
         targets = np.where(keep_class, np.moveaxis(y, axis, -1), 0).astype(np.float64)
     count = np.maximum(keep_class.sum(-1, keepdims=True), 1)

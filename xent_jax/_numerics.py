@@ -18,6 +18,7 @@ which axis the classes are on. Masks are handled once, in `masked`.
 """
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -27,11 +28,11 @@ import jax.numpy as jnp
 
 # XLA:CPU vectorises an elementwise fusion, exponentials included, but falls back to
 # slow loops, or to a materialised copy of the operand, for a reduction of anything
-# but a bare array. The classes are therefore folded into `_FOLDS` slices of `_LANES`
+# but a bare array. Many classes are therefore folded into `_FOLDS` slices of `_LANES`
 # lanes whose elementwise tree of partial results is one fusion.
 _FOLDS = 8
 _LANES = 16
-_SMALLEST_FOLDED = 1024
+_SMALLEST_FOLDED = 2048
 
 
 class Masked(NamedTuple):
@@ -74,6 +75,17 @@ def zero_where_dropped(values: jax.Array, inputs: Masked) -> jax.Array:
     return values
 
 
+def unless_zero(tangent: Any) -> Any:
+    """Returns a tangent, or `None` where it is known to be zero."""
+    zero = isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+    return None if zero else tangent
+
+
+def is_sharded(array: jax.Array) -> bool:
+    """Whether an array is known to be sharded: on a mesh of Explicit axes."""
+    return any(name is not None for name in jax.typeof(array).sharding.spec)
+
+
 def class_index(logits: jax.Array, axis: int) -> jax.Array:
     """Returns the class ids along `axis`, of size 1 along every other axis.
 
@@ -85,9 +97,22 @@ def class_index(logits: jax.Array, axis: int) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, axis % logits.ndim)
 
 
+class Reduction(NamedTuple):
+    """A way to reduce over classes.
+
+    Attributes:
+      reduce: like `jnp.sum`, of an array over an axis.
+      combine: the same for two arrays.
+      reduce_folded: of an array over its last two axes, (blocks, lanes).
+    """
+
+    reduce: Callable[..., jax.Array]
+    combine: Callable[[jax.Array, jax.Array], jax.Array]
+    reduce_folded: Callable[[jax.Array], jax.Array]
+
+
 def reduce_classes(
-    reduce: Callable[..., jax.Array],
-    combine: Callable[[jax.Array, jax.Array], jax.Array],
+    reduction: Reduction,
     term: Callable[..., jax.Array],
     operands: tuple[Any, ...],
     axis: int,
@@ -95,8 +120,7 @@ def reduce_classes(
     """Reduces the elementwise `term(*operands)` over the class axis, which is kept.
 
     Args:
-      reduce: `jnp.sum`, `split_sum` or `jnp.max`.
-      combine: the same for two arrays.
+      reduction: `SUM`, `SPLIT_SUM` or `MAX`.
       term: an elementwise function of the operands.
       operands: pytrees of arrays of one rank, of size 1 or V along `axis`.
       axis: the class axis, negative.
@@ -106,14 +130,15 @@ def reduce_classes(
     """
 
     def plain(*operands: Any) -> jax.Array:
-        return reduce(term(*operands), axis=axis, keepdims=True)
+        return reduction.reduce(term(*operands), axis=axis, keepdims=True)
 
     def folded(*operands: Any) -> jax.Array:
-        # One exact shape for all: (..., V / (folds · lanes), folds, lanes). The slices
-        # run over the middle axis, so that a sharded class axis stays where it is.
+        # One shape for all: (..., blocks, folds, lanes). The slices run over the middle
+        # axis, so that a sharded class axis stays where it is.
         def fold(array: jax.Array) -> jax.Array:
             block = (1, 1) if array.shape[-1] == 1 else (_FOLDS, _LANES)
-            return array.reshape(*array.shape[:-1], -1, *block)
+            blocks = array.shape[-1] // math.prod(block)
+            return array.reshape(*array.shape[:-1], blocks, *block)
 
         def piece(array: jax.Array, index: int) -> jax.Array:
             return array[..., index if array.shape[-2] > 1 else 0, :]
@@ -124,45 +149,69 @@ def reduce_classes(
             for index in range(_FOLDS)
         ]
         while len(parts) > 1:
-            parts = [
-                combine(*pair) for pair in zip(parts[::2], parts[1::2], strict=True)
-            ]
-        # The comparison keeps the short reduction apart from the fusion above it.
-        part = jnp.where(parts[0] == parts[0], parts[0], jnp.nan)
-        return reduce(part, axis=(-2, -1))[..., None]
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            parts = [reduction.combine(*pair) for pair in pairs]
+        return reduction.reduce_folded(_apart(parts[0]))[..., None]
 
-    sizes = [array.shape[axis] for array in jax.tree.leaves(operands)]
-    size = next((size for size in sizes if size != 1), 1)
-    # A symbolic number of classes is no int, and may be anything.
-    foldable = isinstance(size, int) and size % (_FOLDS * _LANES) == 0
-    if axis != -1 or not foldable or size < _SMALLEST_FOLDED:
+    leaves = jax.tree.leaves(operands)
+    size = next((a.shape[axis] for a in leaves if a.shape[axis] != 1), 1)
+    # A symbolic number of classes is no int. An axis of an Explicit mesh can be split
+    # only where every shard can.
+    if axis != -1 or not isinstance(size, int) or any(map(is_sharded, leaves)):
+        return plain(*operands)
+    if size < _SMALLEST_FOLDED or size % (_FOLDS * _LANES):
         return plain(*operands)
     return jax.lax.platform_dependent(*operands, cpu=folded, default=plain)
+
+
+def _apart(array: jax.Array) -> jax.Array:
+    """Returns the array; XLA:CPU does not fuse what follows with what made it."""
+    return jnp.where(array == array, array, jnp.nan)
+
+
+def _split(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the numbers below 1 and the others, each with 0 in the others' places.
+
+    The two comparisons are not one and its complement, because XLA:GPU would write a
+    mask that two reductions share to memory. A NaN is in both.
+    """
+    return jnp.where(values >= 1, 0, values), jnp.where(values < 1, 0, values)
+
+
+def _split_sum(values: jax.Array, **options: Any) -> jax.Array:
+    """Returns the sum of numbers whose largest is about 1, the small ones apart.
+
+    So the 1 is rounded once, and not with every small number that is added to it.
+    """
+    small, large = _split(values)
+    return jnp.sum(small, **options) + jnp.sum(large, **options)
+
+
+def _split_sum_folded(part: jax.Array) -> jax.Array:
+    # As one complex sum, because XLA:CPU would write the exponentials to memory before
+    # it fuses them into two. In two steps, because it adds complex numbers in a row.
+    pair = jnp.sum(jax.lax.complex(*_split(part)), axis=-2)
+    pair = jnp.sum(_apart(pair), axis=-1)
+    return jnp.real(pair) + jnp.imag(pair)
+
+
+SUM = Reduction(jnp.sum, operator.add, functools.partial(jnp.sum, axis=(-2, -1)))
+MAX = Reduction(jnp.max, jnp.maximum, functools.partial(jnp.max, axis=(-2, -1)))
+SPLIT_SUM = Reduction(_split_sum, operator.add, _split_sum_folded)
 
 
 def sum_classes(
     term: Callable[..., jax.Array], operands: tuple[Any, ...], axis: int
 ) -> jax.Array:
     """Returns Σ over the classes of `term(*operands)`, of size 1 along `axis`."""
-    return reduce_classes(jnp.sum, operator.add, term, operands, axis)
+    return reduce_classes(SUM, term, operands, axis)
 
 
 def max_classes(
     term: Callable[..., jax.Array], operands: tuple[Any, ...], axis: int
 ) -> jax.Array:
     """Returns the maximum over the classes of `term(*operands)`."""
-    return reduce_classes(jnp.max, jnp.maximum, term, operands, axis)
-
-
-def split_sum(values: jax.Array, **options: Any) -> jax.Array:
-    """Returns the sum of numbers whose largest is about 1, the small ones apart.
-
-    So the 1 is rounded once, and not with every small number that is added to it. The
-    two comparisons are not one and its complement, because XLA:GPU would write a mask
-    that two reductions share to memory.
-    """
-    below = jnp.sum(jnp.where(values >= 1, 0, values), **options)
-    return below + jnp.sum(jnp.where(values < 1, 0, values), **options)
+    return reduce_classes(MAX, term, operands, axis)
 
 
 def two_sum(left: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -175,6 +224,52 @@ def two_sum(left: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
     error = (left - (total - virtual)) + (right - virtual)
     error = jnp.where(jnp.isfinite(total), error, 0)
     return total, jax.lax.stop_gradient(error)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def label_logits(axis: int, inputs: Masked, labels: jax.Array) -> jax.Array:
+    """Returns the logit of each row's label, of size 1 along `axis`.
+
+    A sum over a mask, which shares a pass over the logits with the other reductions,
+    except on a CPU, where a gather saves that pass. On a mesh of Explicit axes a gather
+    from a sharded array would have to be told the sharding of its result.
+    """
+
+    def by_mask(inputs: Masked, labels: jax.Array) -> jax.Array:
+        return sum_classes(
+            lambda inputs, index, labels: jnp.where(index == labels, masked(inputs), 0),
+            (inputs, class_index(inputs.logits, axis), labels),
+            axis,
+        )
+
+    def by_gather(inputs: Masked, labels: jax.Array) -> jax.Array:
+        ids = jnp.maximum(labels, 0)
+        # Half-precision bits, because XLA:CPU would convert the whole array first.
+        logits, dtype = inputs.logits, inputs.logits.dtype
+        if dtype.itemsize == 2:
+            logits = jax.lax.bitcast_convert_type(logits, jnp.uint16)
+        picked = jnp.take_along_axis(logits, ids, axis)
+        if dtype.itemsize == 2:
+            picked = jax.lax.bitcast_convert_type(picked, dtype)
+        kept = inputs.keep_class
+        kept = None if kept is None else jnp.take_along_axis(kept, ids, axis)
+        return masked(Masked(picked, kept, inputs.keep_row))
+
+    if is_sharded(inputs.logits):
+        return by_mask(inputs, labels)
+    return jax.lax.platform_dependent(inputs, labels, cpu=by_gather, default=by_mask)
+
+
+@label_logits.defjvp
+def _label_logits_jvp(
+    axis: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    inputs, labels = primals
+    values = masked(inputs)
+    direction = zero_where_dropped(tangents[0].logits.astype(values.dtype), inputs)
+    hit = class_index(values, axis) == labels
+    slope = jnp.sum(jnp.where(hit, direction, 0), axis=axis, keepdims=True)
+    return label_logits(axis, inputs, labels), slope
 
 
 class LabelStatistics(NamedTuple):
@@ -214,18 +309,13 @@ def label_statistics(inputs: Masked, labels: jax.Array, axis: int) -> LabelStati
             axis,
         )
     )
-    label_logit = sum_classes(
-        lambda inputs, index, labels: jnp.where(index == labels, masked(inputs), 0),
-        operands,
-        axis,
-    )
+    label_logit = label_logits(axis, inputs, labels)
     # +inf − +inf hides in exp(−inf) = 0: what is undefined is made NaN here.
     undefined = (labels < 0) | (label_logit == jnp.inf)
     label_logit = jnp.where(undefined, jnp.nan, label_logit)
     pivot = jnp.where(best_rival == -jnp.inf, 0, best_rival)
     rivals = reduce_classes(
-        split_sum,
-        operator.add,
+        SPLIT_SUM,
         lambda inputs, index, labels, pivot: jnp.where(
             index == labels, 0, jnp.exp(masked(inputs) - pivot)
         ),
@@ -290,7 +380,7 @@ def target_statistics(
             lambda inputs, *others: term(masked(inputs), *others), operands, axis
         )
 
-    # Two comparisons, not one and its complement, as in `split_sum`: a NaN, for which
+    # Two comparisons, not one and its complement, as in `_split`: a NaN, for which
     # both are False, so reaches both sums.
     below = over(lambda x, t, top: jnp.where(x >= top, 0, jnp.exp(x - top)))
     ties = over(lambda x, t, top: jnp.where(x < top, 0, jnp.exp(x - top)))

@@ -65,12 +65,12 @@ def nll_loss(
     values = _numerics.masked(inputs)
     # A bad id hits every class, with NaN, so that its whole gradient row is NaN.
     hit = (_numerics.class_index(array, layout.axis) == ids) | (ids < 0)
-    coefficients = jnp.where(ids < 0, jnp.nan, -jnp.ones_like(values))
+    surprise = jnp.where(ids < 0, jnp.nan, -1) * jnp.where(hit, values, 0)
     if weights is not None:
-        coefficients = coefficients * weights
-    present = hit & (coefficients != 0)
-    product = jnp.where(present, coefficients * jnp.where(present, values, 0), 0)
-    loss = jnp.sum(product, axis=layout.axis, keepdims=True)
+        # A weight of 0 drops an infinite loss.
+        absent = (weights == 0) & jnp.isinf(surprise)
+        surprise = jnp.where(hit, weights, 0) * jnp.where(absent, 0, surprise)
+    loss = jnp.sum(surprise, axis=layout.axis, keepdims=True)
     return layout.squeeze(_numerics.zero_where_dropped(loss, inputs))
 
 
@@ -102,7 +102,7 @@ def categorical_cross_entropy(
       where: `bool`, of the batch's shape (rows that count; a dropped row has loss and
         gradient exactly 0) or of the shape of `probs` (classes that count; a dropped
         class is left out of the sum and its target mass is not counted).
-      epsilon: In (0, 0.5).
+      epsilon: In (0, 0.5); at least what the dtype can tell 1 − epsilon from 1 by.
 
     Returns:
       `float32[...]` (float64 for float64 input), one loss per example. Differentiable
@@ -137,8 +137,7 @@ def categorical_cross_entropy(
     targets = _numerics.zero_where_dropped(targets, inputs)
     values = values / jnp.sum(values, axis=layout.axis, keepdims=True)
     surprise = -jnp.log(_clip(values, epsilon))
-    product = jnp.where(targets == 0, 0, targets) * surprise
-    loss = jnp.sum(product, axis=layout.axis, keepdims=True)
+    loss = jnp.sum(targets * surprise, axis=layout.axis, keepdims=True)
     return layout.squeeze(_numerics.zero_where_dropped(loss, inputs))
 
 
@@ -165,7 +164,7 @@ def binary_cross_entropy(
       labels: `[...]`, the shape of `probs`. In [0, 1].
       where: `bool[...]`, the shape of `probs`. Elements that count; a dropped element
         has loss and gradient exactly 0, whatever it holds.
-      epsilon: In (0, 0.5).
+      epsilon: In (0, 0.5); at least what the dtype can tell 1 − epsilon from 1 by.
 
     Returns:
       `float32[...]` (float64 for float64 input), the shape of `probs`. Differentiable
@@ -192,19 +191,25 @@ def binary_cross_entropy(
     meaning = "that of probs"
     _checks.check_shape(function, "labels", targets, array.shape, meaning)
     _checks.check_number(function, "epsilon", epsilon, 0, 0.5, inside=True)
+    keep = _arguments.read_mask(function, where, array.shape, meaning)
     values = array.astype(accumulation_dtype(array.dtype))
     targets = targets.astype(values.dtype)
-    keep = None if where is None else _checks.as_array(function, "where", where)
     if keep is not None:
-        _checks.check_boolean(function, "where", keep)
-        _checks.check_shape(function, "where", keep, array.shape, meaning)
         values, targets = jnp.where(keep, values, 0.5), jnp.where(keep, targets, 0)
     values = _clip(values, epsilon)
     loss = -targets * jnp.log(values) - (1 - targets) * jnp.log1p(-values)
     return loss if keep is None else jnp.where(keep, loss, 0)
 
 
-def _clip(probs: jax.Array, epsilon: float) -> jax.Array:
-    """Clips to [epsilon, 1 − epsilon]; the derivative is 1 everywhere."""
-    clipped = jnp.clip(probs, epsilon, 1 - epsilon)
-    return probs + jax.lax.stop_gradient(clipped - probs)
+def _clip(probs: jax.Array, epsilon: ArrayLike) -> jax.Array:
+    """Clips to [epsilon, 1 − epsilon]; the derivative is 1 everywhere.
+
+    An epsilon that the dtype cannot tell from 0, or from 1 when subtracted from it, is
+    rounded up to one that it can.
+    """
+    limits = jnp.finfo(probs.dtype)
+    margin = jnp.asarray(epsilon).astype(probs.dtype)
+    low = jnp.maximum(margin, limits.tiny)
+    high = jnp.minimum(1 - margin, 1 - limits.epsneg)
+    constant = jax.lax.stop_gradient
+    return constant(jnp.clip(probs, low, high)) + (probs - constant(probs))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _checks
+from xent_jax import _arguments, _checks, _numerics
 from xent_jax._numerics import accumulation_dtype
 
 
@@ -76,10 +76,9 @@ def sigmoid_binary_cross_entropy(
     meaning = "that of logits"
     _checks.check_shape(function, "labels", targets, array.shape, meaning)
     targets = targets.astype(dtype)
-    keep = None if where is None else _checks.as_array(function, "where", where)
+    keep = _arguments.read_mask(function, where, array.shape, meaning)
     if keep is not None:
-        _checks.check_boolean(function, "where", keep)
-        _checks.check_shape(function, "where", keep, array.shape, meaning)
+        targets = jnp.where(keep, targets, 0)
     smoothing = _arguments.read_scalar(
         function, "label_smoothing", label_smoothing, dtype, highest=1
     )
@@ -149,10 +148,7 @@ def _binary_terms(
 def _binary_terms_jvp(
     primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    dots = [
-        None if isinstance(dot, jax.custom_derivatives.SymbolicZero) else dot
-        for dot in tangents
-    ]
+    dots = [_numerics.unless_zero(tangent) for tangent in tangents]
     rule = jax.checkpoint(_binary_terms_dot, prevent_cse=False)
     return _binary_terms(*primals), rule(*primals, *dots[:3])
 
@@ -187,7 +183,8 @@ def _binary_terms_dot(
         loss += _kept(signed, keep) * _kept(targets_dot, keep)
     if weight_dot is not None:
         softplus = log_mass + jnp.where(parts.ahead, 0, parts.size)
-        share = jnp.where(targets == 0, 0, targets * softplus)
+        absent = (targets == 0) & jnp.isinf(softplus)
+        share = targets * jnp.where(absent, 0, softplus)
         loss += _kept(share, keep) * _kept(
             jnp.broadcast_to(weight_dot, loss.shape), keep
         )

@@ -78,6 +78,7 @@ def softmax_cross_entropy(
     array, layout = _arguments.read_logits(function, "logits", logits, axis)
     keep = _arguments.read_where(layout, where)
     targets = _arguments.read_targets(layout, labels, array.dtype)
+    targets = _numerics.zero_where_dropped(targets, Masked(array, *keep))
     smoothing = _arguments.read_scalar(
         function, "label_smoothing", label_smoothing, array.dtype, highest=1
     )
@@ -90,7 +91,9 @@ def softmax_cross_entropy(
         targets = _share(share, targets, array)
     if smoothing is not None:
         spread = smoothing / _count_classes(array, layout, keep)
-        targets = targets + (spread if weights is None else spread * weights)
+        if weights is not None:
+            spread = _share(weights, spread, array)
+        targets = targets + spread
     terms = _terms.target_terms(layout.axis, array, targets, keep.classes, keep.rows)
     loss = terms.loss
     if coefficient is not None:
@@ -188,10 +191,11 @@ def softmax_cross_entropy_with_integer_labels(
     if weights is not None:
         hit = _numerics.class_index(array, layout.axis) == ids
         weight = jnp.sum(jnp.where(hit, weights, 0), axis=layout.axis, keepdims=True)
+        weight = _numerics.zero_where_dropped(weight, Masked(array, *keep))
         loss = _scaled(weight, loss)
     if smoothing is not None:
         count = _count_classes(array, layout, keep)
-        loss = _scaled(1 - smoothing, loss) + (smoothing / count) * terms.spread
+        loss = _scaled(1 - smoothing, loss) + _scaled(smoothing / count, terms.spread)
     if coefficient is not None:
         loss = loss + coefficient * jnp.square(terms.log_normalizer)
     return layout.squeeze(loss)
@@ -241,7 +245,7 @@ def linearized_softmax_cross_entropy(
 
 def _count_classes(array: jax.Array, layout: Layout, keep: Keep) -> jax.Array:
     """Returns the number of kept classes a row, at least 1."""
-    inputs = Masked(array, keep.classes, keep.rows)
+    inputs = Masked(array, *keep)
     return jnp.maximum(_terms.total_weight(inputs, None, layout.axis), 1)
 
 

@@ -33,10 +33,6 @@ class LabelTerms(NamedTuple):
     log_normalizer: jax.Array | None
 
 
-def _is_symbolic_zero(tangent: Any) -> bool:
-    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
-
-
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def label_terms(
     config: LabelConfig,
@@ -58,16 +54,6 @@ def label_terms(
     """
     inputs = Masked(logits, keep_class, keep_row)
     statistics = _numerics.label_statistics(inputs, labels, config.axis)
-    return _label_terms(config, inputs, labels, class_weights, statistics)
-
-
-def _label_terms(
-    config: LabelConfig,
-    inputs: Masked,
-    labels: jax.Array,
-    class_weights: jax.Array | None,
-    statistics: LabelStatistics,
-) -> LabelTerms:
     spread = None
     if config.spread:
         spread = _spread(config.axis, inputs, labels, class_weights, statistics)
@@ -131,11 +117,11 @@ def _sum_of_weights(
     chosen: jax.Array, inputs: Masked, class_weights: jax.Array | None, axis: int
 ) -> jax.Array:
     """Returns the sum of the chosen classes' weights, or their number, a row."""
-    # A product, not a select between a weight and 0: on a mesh of Explicit axes the
-    # two would have to be sharded as the mask is.
-    weights = chosen.astype(_numerics.accumulation_dtype(inputs.logits.dtype))
-    if class_weights is not None:
-        weights = weights * class_weights
+    count = chosen.astype(_numerics.accumulation_dtype(inputs.logits.dtype))
+    if class_weights is None:
+        return jnp.sum(count, axis=axis, keepdims=True)
+    # The sum gives the weights the mask's sharding, which a select asks for.
+    weights = jnp.where(chosen, class_weights + 0 * count, 0)
     return jnp.sum(weights, axis=axis, keepdims=True)
 
 
@@ -158,14 +144,14 @@ def _label_terms_jvp(
     logits, labels, class_weights, keep_class, keep_row = primals
     inputs = Masked(logits, keep_class, keep_row)
     statistics = _numerics.label_statistics(inputs, labels, config.axis)
-    terms = _label_terms(config, inputs, labels, class_weights, statistics)
-    logits_dot = None if _is_symbolic_zero(tangents[0]) else tangents[0]
-    weights_dot = None if _is_symbolic_zero(tangents[2]) else tangents[2]
+    logits_dot = _numerics.unless_zero(tangents[0])
+    weights_dot = _numerics.unless_zero(tangents[2])
     rule = jax.checkpoint(
         functools.partial(_label_terms_dot, config), prevent_cse=False
     )
     terms_dot = rule(inputs, labels, class_weights, statistics, logits_dot, weights_dot)
-    return terms, terms_dot
+    # The function itself, not its formula: a higher derivative then applies this rule.
+    return label_terms(config, *primals), terms_dot
 
 
 def _label_terms_dot(
@@ -239,10 +225,7 @@ def target_terms(
     """
     inputs = Masked(logits, keep_class, keep_row)
     targets = _numerics.zero_where_dropped(targets, inputs)
-    return _target_terms(inputs, _numerics.target_statistics(inputs, targets, axis))
-
-
-def _target_terms(inputs: Masked, statistics: TargetStatistics) -> TargetTerms:
+    statistics = _numerics.target_statistics(inputs, targets, axis)
     terms = TargetTerms(statistics.loss, statistics.log_normalizer)
     return jax.tree.map(lambda term: _numerics.zero_where_dropped(term, inputs), terms)
 
@@ -255,11 +238,11 @@ def _target_terms_jvp(
     inputs = Masked(logits, keep_class, keep_row)
     kept = _numerics.zero_where_dropped(targets, inputs)
     statistics = _numerics.target_statistics(inputs, kept, axis)
-    logits_dot = None if _is_symbolic_zero(tangents[0]) else tangents[0]
-    targets_dot = None if _is_symbolic_zero(tangents[1]) else tangents[1]
+    logits_dot = _numerics.unless_zero(tangents[0])
+    targets_dot = _numerics.unless_zero(tangents[1])
     rule = jax.checkpoint(functools.partial(_target_terms_dot, axis), prevent_cse=False)
     terms_dot = rule(inputs, targets, statistics, logits_dot, targets_dot)
-    return _target_terms(inputs, statistics), terms_dot
+    return target_terms(axis, *primals), terms_dot
 
 
 def _target_terms_dot(
@@ -323,7 +306,8 @@ def _linearized_terms_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     logits, targets = primals
     value = linearized_terms(axis, logits, targets)
-    if _is_symbolic_zero(tangents[0]):
+    direction = _numerics.unless_zero(tangents[0])
+    if direction is None:
         return value, jnp.zeros_like(value)
     constants = jax.lax.stop_gradient((logits, targets))
     inputs = Masked(constants[0], None, None)
@@ -338,4 +322,4 @@ def _linearized_terms_jvp(
         return jnp.sum(product, axis=axis, keepdims=True)
 
     rule = jax.checkpoint(rule, prevent_cse=False)
-    return value, rule(inputs, constants[1], statistics, tangents[0])
+    return value, rule(inputs, constants[1], statistics, direction)
