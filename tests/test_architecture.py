@@ -13,9 +13,10 @@ import xent_jax
 PACKAGE = pathlib.Path(xent_jax.__file__).parent
 # A module may import from earlier lines only.
 LAYERS = [
-    {"_numerics", "_checks"},
+    {"_checks", "_class_reductions"},
+    {"_numerics"},
     {"_arguments", "_terms"},
-    {"_softmax", "_sigmoid", "_probabilities", "_reduction"},
+    {"_softmax", "_sigmoid", "_probabilities", "_mean"},
     {"__init__"},
     {"_laws"},
     {"testing"},

@@ -83,7 +83,7 @@ def saves_figure(script: Path) -> bool:
 
 @each_example
 def test_notebook_is_the_pair_of_its_script(script: Path):
-    # Imported here: a session without these packages skips instead of failing.
+    # Imported here: without these packages the tests skip instead of failing.
     import jupytext
     import nbformat
 

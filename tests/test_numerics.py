@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from xent_jax import _numerics
+from xent_jax import _class_reductions, _numerics
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
@@ -35,9 +35,11 @@ def test_reductions_equal_numpy(classes, axis, rng):
     if axis == -2:
         values, offsets = values.T, offsets.T
     total = jax.jit(
-        lambda x, o: _numerics.sum_classes(lambda x, o: jnp.exp(x + o), (x, o), axis)
+        lambda x, o: _class_reductions.sum_classes(
+            lambda x, o: jnp.exp(x + o), (x, o), axis
+        )
     )(values, offsets)
-    largest = _numerics.max_classes(operator.add, (values, offsets), axis)
+    largest = _class_reductions.max_classes(operator.add, (values, offsets), axis)
     exact = np.exp(values.astype(np.float64) + offsets)
     np.testing.assert_allclose(total, exact.sum(axis, keepdims=True), rtol=4e-7)
     np.testing.assert_array_equal(largest, (values + offsets).max(axis, keepdims=True))
@@ -45,7 +47,7 @@ def test_reductions_equal_numpy(classes, axis, rng):
 
 def test_folded_reductions_propagate_nan():
     values = jnp.zeros((2, 4096)).at[0, 1234].set(jnp.nan)
-    for reduce in (_numerics.sum_classes, _numerics.max_classes):
+    for reduce in (_class_reductions.sum_classes, _class_reductions.max_classes):
         result = reduce(lambda x: x, (values,), -1)
         np.testing.assert_array_equal(np.isnan(result), [[True], [False]])
 
@@ -56,8 +58,8 @@ def test_split_sum_rounds_the_largest_once(classes, rng):
     values = rng.uniform(0, 1e-6, (200, classes)).astype(np.float32)
     values[:, 0] = 1
     exact = values.astype(np.float64).sum(-1, keepdims=True)
-    total = _numerics.reduce_classes(
-        _numerics.SPLIT_SUM, lambda x: x, (jnp.asarray(values),), -1
+    total = _class_reductions.reduce_classes(
+        _class_reductions.SPLIT_SUM, lambda x: x, (jnp.asarray(values),), -1
     )
     # Half an ulp for the result, and for each of the three levels of a folded tree.
     assert np.abs(np.asarray(total) - exact).max() <= 4 * 2.0**-24 * 1.01
@@ -67,7 +69,7 @@ def test_folded_reduction_is_not_a_copy():
     """The masked exponentials of a wide row exist only inside a fusion."""
 
     def total(x, y):
-        return _numerics.sum_classes(
+        return _class_reductions.sum_classes(
             lambda x, i, y: jnp.where(i == y, 0, jnp.exp(x)),
             (x, _numerics.class_index(x, -1), y),
             -1,

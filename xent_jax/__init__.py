@@ -5,12 +5,12 @@ and every nesting of them. `xent_jax.testing` has the assertions of their gradie
 `python -m xent_jax.verify` runs those on every device that JAX sees.
 """
 
+from xent_jax._mean import weighted_mean
 from xent_jax._probabilities import (
     binary_cross_entropy,
     categorical_cross_entropy,
     nll_loss,
 )
-from xent_jax._reduction import weighted_mean
 from xent_jax._sigmoid import sigmoid_binary_cross_entropy
 from xent_jax._softmax import (
     linearized_softmax_cross_entropy,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from xent_jax import _numerics
+from xent_jax._class_reductions import sum_classes
 from xent_jax._numerics import LabelStatistics, Masked, TargetStatistics
 
 
@@ -90,7 +91,7 @@ def _spread(
 
     index = _numerics.class_index(inputs.logits, axis)
     operands = (inputs, index, labels, class_weights, statistics.pivot)
-    below = _numerics.sum_classes(rival_term, operands, axis)
+    below = sum_classes(rival_term, operands, axis)
     rivals, own = split_weight(inputs, labels, class_weights, axis)
     # Where every rival is impossible the pivot is a stand-in, and so is the rise.
     rise = jnp.where(rivals == 0, 0, statistics.largest - statistics.pivot)
@@ -107,10 +108,8 @@ def split_weight(
     rival = ~hit
     if inputs.keep_class is not None:
         hit, rival = hit & inputs.keep_class, rival & inputs.keep_class
-    rivals, own = (
-        _sum_of_weights(chosen, inputs, class_weights, axis) for chosen in (rival, hit)
-    )
-    return rivals, own
+    rivals = _sum_of_weights(rival, inputs, class_weights, axis)
+    return rivals, _sum_of_weights(hit, inputs, class_weights, axis)
 
 
 def _sum_of_weights(
@@ -295,8 +294,8 @@ def linearized_terms(axis: int, logits: jax.Array, targets: jax.Array) -> jax.Ar
         return power * jnp.where(power == 0, 0, below)
 
     largest = statistics.largest
-    targeted = _numerics.sum_classes(pull, (inputs, targets, largest), axis)
-    expected = _numerics.sum_classes(push, (inputs, largest), axis)
+    targeted = sum_classes(pull, (inputs, targets, largest), axis)
+    expected = sum_classes(push, (inputs, largest), axis)
     return targeted - statistics.total * (expected / (1 + statistics.excess))
 
 
