@@ -130,8 +130,10 @@ def test_soft_targets(classes, offset, rng):
             xent_jax.softmax_cross_entropy, logits, targets
         )
         truth = oracle.softmax_cross_entropy(logits, targets)
-        np.testing.assert_allclose(losses, truth.value, rtol=4e-7)
-        np.testing.assert_allclose(gradient, truth.gradient, rtol=0, atol=3e-7)
+        # 4e-7 with the tree sums of today's XLA:CPU, a tenth more with jax 0.7.2's.
+        np.testing.assert_allclose(losses, truth.value, rtol=5e-7)
+        atol = 3e-7 * targets.sum(-1).max()
+        np.testing.assert_allclose(gradient, truth.gradient, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("smoothing", [0.01, 0.1, 0.9])
