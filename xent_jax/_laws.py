@@ -144,21 +144,9 @@ def _softmax_terms(
     return np.moveaxis(mean, -1, axis), np.moveaxis(target, -1, axis)
 
 
-def _softmax_gradient(*arguments: Any, **options: Any) -> Array:
-    mean, target = _softmax_terms(*arguments, **options)
-    return mean - target
-
-
-def _softmax_magnitude(
-    logits: ArrayLike, labels: ArrayLike, axis: int = -1, *rest: Any, **options: Any
-) -> Array:
-    mean, target = _softmax_terms(logits, labels, axis, *rest, **options)
-    return (np.abs(mean) + np.abs(target)).max(axis, keepdims=True)
-
-
 def _linearized_value(logits: ArrayLike, labels: ArrayLike, axis: int = -1) -> Array:
-    gradient = _softmax_gradient(logits, labels, axis)
-    return (gradient * np.asarray(logits).astype(np.float64)).sum(axis)
+    mean, target = _softmax_terms(logits, labels, axis)
+    return ((mean - target) * np.asarray(logits).astype(np.float64)).sum(axis)
 
 
 def _binary_targets(labels: ArrayLike, label_smoothing: float) -> Array:
@@ -199,16 +187,6 @@ def _sigmoid_terms(
     return np.where(keep, mean, 0), np.where(keep, target, 0)
 
 
-def _sigmoid_gradient(*arguments: Any, **options: Any) -> Array:
-    mean, target = _sigmoid_terms(*arguments, **options)
-    return mean - target
-
-
-def _sigmoid_magnitude(*arguments: Any, **options: Any) -> Array:
-    mean, target = _sigmoid_terms(*arguments, **options)
-    return np.abs(mean) + np.abs(target)
-
-
 def _nll_value(
     log_probs: ArrayLike,
     labels: ArrayLike,
@@ -222,23 +200,17 @@ def _nll_value(
     return np.where(rows.keep_row[..., 0], terms.sum(-1), 0)
 
 
-def _nll_gradient(
+def _nll_terms(
     log_probs: ArrayLike,
     labels: ArrayLike,
     axis: int = -1,
     where: ArrayLike | None = None,
     **options: Any,
-) -> Array:
+) -> tuple[Array, Array]:
     rows = _rows(log_probs, labels, axis, where, **options)
-    gradient = np.where(rows.keep_class & rows.keep_row, -rows.targets, 0)
-    return np.moveaxis(gradient, -1, axis)
-
-
-def _nll_magnitude(
-    log_probs: ArrayLike, labels: ArrayLike, axis: int = -1, *rest: Any, **options: Any
-) -> Array:
-    gradient = _nll_gradient(log_probs, labels, axis, *rest, **options)
-    return np.abs(gradient).max(axis, keepdims=True)
+    target = np.where(rows.keep_class & rows.keep_row, rows.targets, 0)
+    target = np.moveaxis(target, -1, axis)
+    return np.zeros_like(target), target
 
 
 def _normalized(probs: ArrayLike, labels: ArrayLike, epsilon: float) -> _Probabilities:
@@ -268,16 +240,6 @@ def _categorical_terms(
     return mean / row.total, slope / row.total
 
 
-def _categorical_gradient(*arguments: Any, **options: Any) -> Array:
-    mean, slope = _categorical_terms(*arguments, **options)
-    return mean - slope
-
-
-def _categorical_magnitude(*arguments: Any, **options: Any) -> Array:
-    mean, slope = _categorical_terms(*arguments, **options)
-    return (np.abs(mean) + np.abs(slope)).max(-1, keepdims=True)
-
-
 def _binary_value(probs: ArrayLike, labels: ArrayLike, epsilon: float = 1e-7) -> Array:
     p = np.clip(np.asarray(probs).astype(np.float64), epsilon, 1 - epsilon)
     y = np.asarray(labels).astype(np.float64)
@@ -292,30 +254,40 @@ def _binary_terms(
     return (1 - y) / (1 - p), y / p
 
 
-def _binary_gradient(*arguments: Any, **options: Any) -> Array:
-    negative, positive = _binary_terms(*arguments, **options)
-    return negative - positive
+def _law(
+    value: Callable[..., Array],
+    terms: Callable[..., tuple[Array, Array]],
+    *,
+    elementwise: bool = False,
+) -> Law:
+    """Makes a law of a value and of the two terms whose difference is its gradient."""
+
+    def gradient(*arguments: Any, **options: Any) -> Array:
+        mean, target = terms(*arguments, **options)
+        return mean - target
+
+    def magnitude(*arguments: Any, **options: Any) -> Array:
+        mean, target = terms(*arguments, **options)
+        size = np.abs(mean) + np.abs(target)
+        return size if elementwise else size.max(options.get("axis", -1), keepdims=True)
+
+    return Law(value, gradient, magnitude)
 
 
-def _binary_magnitude(*arguments: Any, **options: Any) -> Array:
-    negative, positive = _binary_terms(*arguments, **options)
-    return np.abs(negative) + np.abs(positive)
-
-
-SOFTMAX_LAW = Law(_softmax_value, _softmax_gradient, _softmax_magnitude)
+SOFTMAX_LAW = _law(_softmax_value, _softmax_terms)
 """`(Σt)·softmax(x) − t`, for class ids and dense targets, with every option."""
 
-SIGMOID_LAW = Law(_sigmoid_value, _sigmoid_gradient, _sigmoid_magnitude)
+SIGMOID_LAW = _law(_sigmoid_value, _sigmoid_terms, elementwise=True)
 """`(1 − t)·σ(x) − pos_weight·t·σ(−x)`, elementwise."""
 
-LINEARIZED_LAW = Law(_linearized_value, _softmax_gradient, _softmax_magnitude)
+LINEARIZED_LAW = _law(_linearized_value, _softmax_terms)
 """The surrogate's value, with the gradient of the softmax law."""
 
-NLL_LAW = Law(_nll_value, _nll_gradient, _nll_magnitude)
+NLL_LAW = _law(_nll_value, _nll_terms)
 """`−w·e_y`, by the log-probabilities."""
 
-CATEGORICAL_LAW = Law(_categorical_value, _categorical_gradient, _categorical_magnitude)
+CATEGORICAL_LAW = _law(_categorical_value, _categorical_terms)
 """`(s − Σ q·s) / Σp` with `q = p / Σp`, `s = −t / clip(q)`, by the probabilities."""
 
-BINARY_LAW = Law(_binary_value, _binary_gradient, _binary_magnitude)
+BINARY_LAW = _law(_binary_value, _binary_terms, elementwise=True)
 """`(1 − t) / (1 − p) − t / p` at the clipped probability, elementwise."""
