@@ -73,6 +73,15 @@ def zero_where_dropped(values: jax.Array, inputs: Masked) -> jax.Array:
     return values
 
 
+def scaled(factor: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns `factor·values`, 0 where a factor of 0 meets an infinite value.
+
+    A finite value keeps its derivative by a factor of 0.
+    """
+    absent = (factor == 0) & jnp.isinf(values)
+    return factor * jnp.where(absent, 0, values)
+
+
 def unless_zero(tangent: Any) -> Any:
     """Returns a tangent, or `None` where it is known to be zero."""
     zero = isinstance(tangent, jax.custom_derivatives.SymbolicZero)

@@ -67,9 +67,7 @@ def nll_loss(
     hit = (_numerics.class_index(array, layout.axis) == ids) | (ids < 0)
     surprise = jnp.where(ids < 0, jnp.nan, -1) * jnp.where(hit, values, 0)
     if weights is not None:
-        # A weight of 0 drops an infinite loss.
-        absent = (weights == 0) & jnp.isinf(surprise)
-        surprise = jnp.where(hit, weights, 0) * jnp.where(absent, 0, surprise)
+        surprise = _numerics.scaled(jnp.where(hit, weights, 0), surprise)
     loss = jnp.sum(surprise, axis=layout.axis, keepdims=True)
     return layout.squeeze(_numerics.zero_where_dropped(loss, inputs))
 

@@ -177,14 +177,13 @@ def _binary_terms_dot(
         # pos_weight·softplus(−x) − softplus(x); without a weight this is −x.
         signed = jnp.where(parts.ahead, -parts.size, parts.size)
         if weight is not None:
-            finite = jnp.where((weight == 0) & jnp.isinf(parts.size), 0, parts.size)
-            signed = jnp.where(parts.ahead, -parts.size, weight * finite)
+            weighted = _numerics.scaled(weight, parts.size)
+            signed = jnp.where(parts.ahead, -parts.size, weighted)
             signed = signed + (weight - 1) * log_mass
         loss += _kept(signed, keep) * _kept(targets_dot, keep)
     if weight_dot is not None:
         softplus = log_mass + jnp.where(parts.ahead, 0, parts.size)
-        absent = (targets == 0) & jnp.isinf(softplus)
-        share = targets * jnp.where(absent, 0, softplus)
+        share = _numerics.scaled(targets, softplus)
         loss += _kept(share, keep) * _kept(
             jnp.broadcast_to(weight_dot, loss.shape), keep
         )

@@ -32,8 +32,9 @@ def softmax_cross_entropy(
     right for any sum. For class ids,
     `softmax_cross_entropy_with_integer_labels` needs no [N, V] targets.
 
-    Cost: the logits and labels are read twice for the value and once more for the
-    gradient. The gradient keeps the logits, the targets and a few numbers a row.
+    Cost: the logits are read twice and the labels once for the value, and both once
+    more for the gradient; a CPU takes more passes. The gradient keeps the logits, the
+    targets and a few numbers a row.
 
     Args:
       logits: `float[..., V]`. Unnormalised log-probabilities. `-inf` is a class of
@@ -119,9 +120,9 @@ def softmax_cross_entropy_with_integer_labels(
     without a one-hot array. Confident rows keep their loss and their gradient: the
     label is left out of the normaliser instead of being subtracted from it.
 
-    Cost: the logits are read twice for the value and once more for the gradient (a
-    third time for the value with `label_smoothing`). The gradient keeps the logits and
-    a few numbers a row.
+    Cost: the logits are read twice for the value and once more for the gradient,
+    whatever the options; a CPU takes one more with `label_smoothing`. The gradient
+    keeps the logits and a few numbers a row.
 
     Args:
       logits: `float[..., V]`. Unnormalised log-probabilities. `-inf` is a class of
@@ -192,10 +193,12 @@ def softmax_cross_entropy_with_integer_labels(
         hit = _numerics.class_index(array, layout.axis) == ids
         weight = jnp.sum(jnp.where(hit, weights, 0), axis=layout.axis, keepdims=True)
         weight = _numerics.zero_where_dropped(weight, Masked(array, *keep))
-        loss = _scaled(weight, loss)
+        loss = _numerics.scaled(weight, loss)
     if smoothing is not None:
         count = _count_classes(array, layout, keep)
-        loss = _scaled(1 - smoothing, loss) + _scaled(smoothing / count, terms.spread)
+        loss = _numerics.scaled(1 - smoothing, loss) + _numerics.scaled(
+            smoothing / count, terms.spread
+        )
     if coefficient is not None:
         loss = loss + coefficient * jnp.square(terms.log_normalizer)
     return layout.squeeze(loss)
@@ -260,9 +263,3 @@ def _share(share: jax.Array, targets: jax.Array, logits: jax.Array) -> jax.Array
     return jnp.where(impossible & (targets == 0), fixed(share), share) * jnp.where(
         impossible & (share == 0), fixed(targets), targets
     )
-
-
-def _scaled(coefficient: jax.Array, loss: jax.Array) -> jax.Array:
-    """Returns `coefficient·loss`, 0 where 0 meets an infinite loss."""
-    absent = (coefficient == 0) & jnp.isinf(loss)
-    return coefficient * jnp.where(absent, 0, loss)
