@@ -194,19 +194,42 @@ def label_statistics(inputs: Masked, labels: jax.Array, axis: int) -> LabelStati
             axis,
         )
     )
-    label_logit = label_logits(axis, inputs, labels)
-    # +inf − +inf hides in exp(−inf) = 0: what is undefined is made NaN here.
-    undefined = (labels < 0) | (label_logit == jnp.inf)
-    label_logit = jnp.where(undefined, jnp.nan, label_logit)
-    pivot = jnp.where(best_rival == -jnp.inf, 0, best_rival)
+    label_logit = defined(label_logits(axis, inputs, labels), labels)
     rivals = reduce_classes(
         SPLIT_SUM,
         lambda inputs, index, labels, pivot: jnp.where(
             index == labels, 0, jnp.exp(masked(inputs) - pivot)
         ),
-        (*operands, pivot),
+        (*operands, pivot_of(best_rival)),
         axis,
     )
+    return settled(best_rival, rivals, label_logit)
+
+
+def pivot_of(best_rival: jax.Array) -> jax.Array:
+    """Returns what to subtract from rivals: their best, 0 where there is none."""
+    return jnp.where(best_rival == -jnp.inf, 0, best_rival)
+
+
+def defined(label_logit: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the label's logit, NaN where it makes the row undefined.
+
+    +inf − +inf would hide in exp(−inf) = 0.
+    """
+    undefined = (labels < 0) | (label_logit == jnp.inf)
+    return jnp.where(undefined, jnp.nan, label_logit)
+
+
+def settled(
+    best_rival: jax.Array, rivals: jax.Array, label_logit: jax.Array
+) -> LabelStatistics:
+    """Returns the statistics that three numbers a row determine.
+
+    Args:
+      best_rival: the largest logit but the label's, `-inf` where there is none.
+      rivals: Σ_{j≠y} exp(x_j − best_rival), 0 where there is none.
+      label_logit: x_y, NaN where the row is undefined.
+    """
     # How far the best rival is ahead: the one subtraction, done without error.
     lead, error = two_sum(best_rival, -label_logit)
     wins = lead <= 0
@@ -227,7 +250,7 @@ def label_statistics(inputs: Masked, labels: jax.Array, axis: int) -> LabelStati
         log_normalizer=largest + log_mass,
         largest=largest,
         log_mass=log_mass,
-        pivot=pivot,
+        pivot=pivot_of(best_rival),
         rival_scale=jnp.where(wins, power, 1) / total,
         rival_mass=odds / total,
         label_mass=jnp.where(wins, 1, power) / total,

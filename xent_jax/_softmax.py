@@ -188,20 +188,16 @@ def softmax_cross_entropy_with_integer_labels(
         normalizer=coefficient is not None,
     )
     terms = _terms.label_terms(config, array, ids, weights, keep.classes, keep.rows)
-    loss = terms.loss
+    own, spread = None, None
     if weights is not None:
         hit = _numerics.class_index(array, layout.axis) == ids
-        weight = jnp.sum(jnp.where(hit, weights, 0), axis=layout.axis, keepdims=True)
-        weight = _numerics.zero_where_dropped(weight, Masked(array, *keep))
-        loss = _numerics.scaled(weight, loss)
+        own = jnp.sum(jnp.where(hit, weights, 0), axis=layout.axis, keepdims=True)
+        own = _numerics.zero_where_dropped(own, Masked(array, *keep))
     if smoothing is not None:
-        count = _count_classes(array, layout, keep)
-        loss = _numerics.scaled(1 - smoothing, loss) + _numerics.scaled(
-            smoothing / count, terms.spread
-        )
-    if coefficient is not None:
-        loss = loss + coefficient * jnp.square(terms.log_normalizer)
-    return layout.squeeze(loss)
+        own = 1 - smoothing if own is None else (1 - smoothing) * own
+        spread = smoothing / _count_classes(array, layout, keep)
+    coefficients = _terms.Coefficients(own, spread, coefficient)
+    return layout.squeeze(_terms.combined(terms, coefficients))
 
 
 def linearized_softmax_cross_entropy(

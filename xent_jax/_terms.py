@@ -34,6 +34,26 @@ class LabelTerms(NamedTuple):
     log_normalizer: jax.Array | None
 
 
+class Coefficients(NamedTuple):
+    """What a row's terms are multiplied by; `None` stands for 1, then 0, then 0."""
+
+    loss: jax.Array | None
+    spread: jax.Array | None
+    square: jax.Array | None  # of the log-normaliser
+
+
+def combined(terms: LabelTerms, coefficients: Coefficients) -> jax.Array:
+    """Returns the loss of every row: all options are in the coefficients."""
+    loss = terms.loss
+    if coefficients.loss is not None:
+        loss = _numerics.scaled(coefficients.loss, loss)
+    if terms.spread is not None and coefficients.spread is not None:
+        loss = loss + _numerics.scaled(coefficients.spread, terms.spread)
+    if terms.log_normalizer is not None and coefficients.square is not None:
+        loss = loss + coefficients.square * jnp.square(terms.log_normalizer)
+    return loss
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def label_terms(
     config: LabelConfig,
@@ -50,7 +70,7 @@ def label_terms(
       logits: floating, any dtype.
       labels: int32, of size 1 along the class axis; negative where not a class.
       class_weights: of size V along the class axis and 1 along the others.
-      keep_class: of the logits' shape.
+      keep_class: of the logits' shape, or of size 1 along other axes.
       keep_row: of size 1 along the class axis.
     """
     inputs = Masked(logits, keep_class, keep_row)
@@ -79,6 +99,20 @@ def _spread(
     logit is, so that the sum shares its pass over the logits with the normaliser's.
     """
 
+    below = rivals_below(axis, inputs, labels, class_weights, statistics.pivot)
+    rivals, own = split_weight(inputs, labels, class_weights, axis)
+    return settled_spread(below, rivals, own, statistics)
+
+
+def rivals_below(
+    axis: int,
+    inputs: Masked,
+    labels: jax.Array,
+    class_weights: jax.Array | None,
+    pivot: jax.Array,
+) -> jax.Array:
+    """Returns Σ_{j≠y} w_j (pivot − x_j) over the kept classes."""
+
     def rival_term(
         inputs: Any, index: Any, labels: Any, weights: Any, pivot: Any
     ) -> Any:
@@ -90,9 +124,21 @@ def _spread(
         return _numerics.zero_where_dropped(below, inputs)
 
     index = _numerics.class_index(inputs.logits, axis)
-    operands = (inputs, index, labels, class_weights, statistics.pivot)
-    below = sum_classes(rival_term, operands, axis)
-    rivals, own = split_weight(inputs, labels, class_weights, axis)
+    operands = (inputs, index, labels, class_weights, pivot)
+    return sum_classes(rival_term, operands, axis)
+
+
+def settled_spread(
+    below: jax.Array, rivals: jax.Array, own: jax.Array, statistics: LabelStatistics
+) -> jax.Array:
+    """Returns Σ_j w_j (log-normaliser − x_j) from the sums over the rivals.
+
+    Args:
+      below: Σ_{j≠y} w_j (pivot − x_j).
+      rivals: the sum of the kept rivals' weights.
+      own: the label's weight, 0 where its class is dropped.
+      statistics: of the row.
+    """
     # Where every rival is impossible the pivot is a stand-in, and so is the rise.
     rise = jnp.where(rivals == 0, 0, statistics.largest - statistics.pivot)
     gap = jnp.where(own == 0, 0, statistics.loss - statistics.log_mass)
@@ -145,24 +191,31 @@ def _label_terms_jvp(
     statistics = _numerics.label_statistics(inputs, labels, config.axis)
     logits_dot = _numerics.unless_zero(tangents[0])
     weights_dot = _numerics.unless_zero(tangents[2])
-    rule = jax.checkpoint(
-        functools.partial(_label_terms_dot, config), prevent_cse=False
+    total = None
+    if config.spread:
+        total = total_weight(inputs, class_weights, config.axis)
+    rule = jax.checkpoint(functools.partial(label_terms_dot, config), prevent_cse=False)
+    terms_dot = rule(
+        inputs, labels, class_weights, total, statistics, logits_dot, weights_dot
     )
-    terms_dot = rule(inputs, labels, class_weights, statistics, logits_dot, weights_dot)
     # The function itself, not its formula: a higher derivative then applies this rule.
     return label_terms(config, *primals), terms_dot
 
 
-def _label_terms_dot(
+def label_terms_dot(
     config: LabelConfig,
     inputs: Masked,
     labels: jax.Array,
     class_weights: jax.Array | None,
+    total: jax.Array | None,
     statistics: LabelStatistics,
     logits_dot: jax.Array | None,
     weights_dot: jax.Array | None,
 ) -> LabelTerms:
-    """Returns the tangents of the label terms, linear in the two directions."""
+    """Returns the tangents of the label terms, linear in the two directions.
+
+    `total` is the `total_weight` of the rows, for the spread.
+    """
     axis = config.axis
     values = _numerics.masked(inputs)
 
@@ -181,9 +234,8 @@ def _label_terms_dot(
         softmax = jnp.where(hit, statistics.label_mass, rival)
         if config.normalizer:
             normalizer = inner(softmax, direction)
-        if config.spread:
+        if total is not None:
             weights = 1 if class_weights is None else class_weights
-            total = total_weight(inputs, class_weights, axis)
             spread = inner(total * softmax - weights, direction)
     if config.spread and weights_dot is not None:
         surprise = statistics.log_normalizer - values
