@@ -13,10 +13,12 @@ import xent_jax
 PACKAGE = pathlib.Path(xent_jax.__file__).parent
 # A module may import from earlier lines only.
 LAYERS = [
-    {"_checks", "_class_reductions"},
+    {"_checks", "_class_reductions", "_blocks"},
     {"_numerics"},
-    {"_arguments", "_terms"},
-    {"_softmax", "_sigmoid", "_probabilities", "_mean"},
+    {"_arguments", "_label_terms", "_target_terms", "_layer"},
+    {"_block_statistics", "_linear_arguments", "_linear_sum"},
+    {"_linear_terms"},
+    {"_softmax", "_sigmoid", "_probabilities", "_mean", "_linear"},
     {"__init__"},
     {"_laws"},
     {"testing"},
@@ -78,6 +80,9 @@ def test_public_names():
     for name in xent_jax.__all__:
         function = getattr(xent_jax, name)
         assert function.__module__.startswith("xent_jax.")
+        if isinstance(function, type):
+            assert "Attributes:" in function.__doc__
+            continue
         for section in ("Args:", "Returns:", "Raises:", "Examples:", ">>> "):
             assert section in function.__doc__, f"{name} lacks {section}"
 

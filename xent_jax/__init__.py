@@ -5,6 +5,13 @@ and every nesting of them. `xent_jax.testing` has the assertions of their gradie
 `python -m xent_jax.verify` runs those on every device that JAX sees.
 """
 
+from jax import export
+
+from xent_jax._linear import (
+    SoftmaxStatistics,
+    linear_softmax_cross_entropy,
+    linear_softmax_statistics,
+)
 from xent_jax._mean import weighted_mean
 from xent_jax._probabilities import (
     binary_cross_entropy,
@@ -18,11 +25,19 @@ from xent_jax._softmax import (
     softmax_cross_entropy_with_integer_labels,
 )
 
+# So that a program that returns it can be exported.
+export.register_namedtuple_serialization(
+    SoftmaxStatistics, serialized_name="xent_jax.SoftmaxStatistics"
+)
+
 __version__ = "0.1.0"
 
 __all__ = [
+    "SoftmaxStatistics",
     "binary_cross_entropy",
     "categorical_cross_entropy",
+    "linear_softmax_cross_entropy",
+    "linear_softmax_statistics",
     "linearized_softmax_cross_entropy",
     "nll_loss",
     "sigmoid_binary_cross_entropy",

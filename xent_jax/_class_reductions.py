@@ -92,7 +92,7 @@ def reduce_classes(
 
 def _apart(array: jax.Array) -> jax.Array:
     """Returns the array; XLA:CPU does not fuse what follows with what made it."""
-    return jnp.where(array == array, array, jnp.nan)
+    return jnp.where(array == array, array, -array)
 
 
 def _split(values: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 
 from xent_jax._class_reductions import (
     SPLIT_SUM,
+    Reduction,
     is_sharded,
     max_classes,
     reduce_classes,
@@ -183,6 +184,18 @@ def label_statistics(inputs: Masked, labels: jax.Array, axis: int) -> LabelStati
         the classes and makes the whole row NaN.
       axis: the class axis, negative.
     """
+    best_rival, rivals = rival_statistics(SPLIT_SUM, inputs, labels, axis)
+    label_logit = defined(label_logits(axis, inputs, labels), labels)
+    return settled(best_rival, rivals, label_logit)
+
+
+def rival_statistics(
+    reduction: Reduction, inputs: Masked, labels: jax.Array, axis: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the best rival of each row's label and Σ_{j≠y} exp(x_j − best rival).
+
+    The sum is a `SPLIT_SUM`, or a `SUM`, which costs less and rounds more.
+    """
     index = class_index(inputs.logits, axis)
     operands = (inputs, index, labels)
     best_rival = jax.lax.stop_gradient(
@@ -194,16 +207,15 @@ def label_statistics(inputs: Masked, labels: jax.Array, axis: int) -> LabelStati
             axis,
         )
     )
-    label_logit = defined(label_logits(axis, inputs, labels), labels)
     rivals = reduce_classes(
-        SPLIT_SUM,
+        reduction,
         lambda inputs, index, labels, pivot: jnp.where(
             index == labels, 0, jnp.exp(masked(inputs) - pivot)
         ),
         (*operands, pivot_of(best_rival)),
         axis,
     )
-    return settled(best_rival, rivals, label_logit)
+    return best_rival, rivals
 
 
 def pivot_of(best_rival: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _numerics, _terms
+from xent_jax import _arguments, _label_terms, _numerics, _target_terms
 from xent_jax._arguments import Axis, Keep, Layout
 from xent_jax._numerics import Masked
 
@@ -95,7 +95,9 @@ def softmax_cross_entropy(
         if weights is not None:
             spread = _share(weights, spread, array)
         targets = targets + spread
-    terms = _terms.target_terms(layout.axis, array, targets, keep.classes, keep.rows)
+    terms = _target_terms.target_terms(
+        layout.axis, array, targets, keep.classes, keep.rows
+    )
     loss = terms.loss
     if coefficient is not None:
         loss = loss + coefficient * jnp.square(terms.log_normalizer)
@@ -182,12 +184,14 @@ def softmax_cross_entropy_with_integer_labels(
     )
     weights = _arguments.read_class_weights(layout, class_weights, array.dtype)
     coefficient = _arguments.read_scalar(function, "z_loss", z_loss, array.dtype)
-    config = _terms.LabelConfig(
+    config = _label_terms.LabelConfig(
         axis=layout.axis,
         spread=smoothing is not None,
         normalizer=coefficient is not None,
     )
-    terms = _terms.label_terms(config, array, ids, weights, keep.classes, keep.rows)
+    terms = _label_terms.label_terms(
+        config, array, ids, weights, keep.classes, keep.rows
+    )
     own, spread = None, None
     if weights is not None:
         hit = _numerics.class_index(array, layout.axis) == ids
@@ -196,8 +200,8 @@ def softmax_cross_entropy_with_integer_labels(
     if smoothing is not None:
         own = 1 - smoothing if own is None else (1 - smoothing) * own
         spread = smoothing / _count_classes(array, layout, keep)
-    coefficients = _terms.Coefficients(own, spread, coefficient)
-    return layout.squeeze(_terms.combined(terms, coefficients))
+    coefficients = _label_terms.Coefficients(own, spread, coefficient)
+    return layout.squeeze(_label_terms.combined(terms, coefficients))
 
 
 def linearized_softmax_cross_entropy(
@@ -239,13 +243,13 @@ def linearized_softmax_cross_entropy(
     function = "linearized_softmax_cross_entropy"
     array, layout = _arguments.read_logits(function, "logits", logits, axis)
     targets = _arguments.read_targets(layout, labels, array.dtype)
-    return layout.squeeze(_terms.linearized_terms(layout.axis, array, targets))
+    return layout.squeeze(_target_terms.linearized_terms(layout.axis, array, targets))
 
 
 def _count_classes(array: jax.Array, layout: Layout, keep: Keep) -> jax.Array:
     """Returns the number of kept classes a row, at least 1."""
     inputs = Masked(array, *keep)
-    return jnp.maximum(_terms.total_weight(inputs, None, layout.axis), 1)
+    return jnp.maximum(_label_terms.total_weight(inputs, None, layout.axis), 1)
 
 
 def _share(share: jax.Array, targets: jax.Array, logits: jax.Array) -> jax.Array:

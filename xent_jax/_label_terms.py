@@ -1,10 +1,9 @@
-"""The differentiable terms of the softmax losses, with their derivatives.
+"""The differentiable terms of the softmax losses of class ids.
 
-One core for class ids and one for dense targets, each a `jax.custom_jvp` over the
-statistics of `_numerics`. The rule of a core is the closed form "mean parameter minus
-target", wrapped in `jax.checkpoint`: forward mode, reverse mode and every nesting of
-the two follow from it, and reverse mode keeps the logits and a few numbers a row, but
-no softmax.
+A `jax.custom_jvp` over the statistics of `_numerics`. Its rule is the closed form
+"mean parameter minus target", wrapped in `jax.checkpoint`: forward mode, reverse mode
+and every nesting of the two follow from it, and reverse mode keeps the logits and a
+few numbers a row, but no softmax.
 """
 
 import functools
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 
 from xent_jax import _numerics
 from xent_jax._class_reductions import sum_classes
-from xent_jax._numerics import LabelStatistics, Masked, TargetStatistics
+from xent_jax._numerics import LabelStatistics, Masked
 
 
 class LabelConfig(NamedTuple):
@@ -32,6 +31,14 @@ class LabelTerms(NamedTuple):
     loss: jax.Array  # log-normaliser − x_y
     spread: jax.Array | None  # Σ_j w_j (log-normaliser − x_j) over the kept classes
     log_normalizer: jax.Array | None
+
+
+class LabelDot(NamedTuple):
+    """The tangents of all terms."""
+
+    loss: jax.Array
+    spread: jax.Array | None
+    log_normalizer: jax.Array
 
 
 class Coefficients(NamedTuple):
@@ -54,7 +61,6 @@ def combined(terms: LabelTerms, coefficients: Coefficients) -> jax.Array:
     return loss
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def label_terms(
     config: LabelConfig,
     logits: jax.Array,
@@ -74,6 +80,18 @@ def label_terms(
       keep_row: of size 1 along the class axis.
     """
     inputs = Masked(logits, keep_class, keep_row)
+    terms, _ = _label_terms(config, inputs, labels, class_weights)
+    return terms
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _label_terms(
+    config: LabelConfig,
+    inputs: Masked,
+    labels: jax.Array,
+    class_weights: jax.Array | None,
+) -> tuple[LabelTerms, LabelStatistics]:
+    """Returns the terms, and the statistics that their derivatives are made of."""
     statistics = _numerics.label_statistics(inputs, labels, config.axis)
     spread = None
     if config.spread:
@@ -83,7 +101,8 @@ def label_terms(
         spread,
         statistics.log_normalizer if config.normalizer else None,
     )
-    return jax.tree.map(lambda term: _numerics.zero_where_dropped(term, inputs), terms)
+    terms = jax.tree.map(lambda term: _numerics.zero_where_dropped(term, inputs), terms)
+    return terms, statistics
 
 
 def _spread(
@@ -98,7 +117,6 @@ def _spread(
     The differences are taken from the best rival, which is known before the largest
     logit is, so that the sum shares its pass over the logits with the normaliser's.
     """
-
     below = rivals_below(axis, inputs, labels, class_weights, statistics.pivot)
     rivals, own = split_weight(inputs, labels, class_weights, axis)
     return settled_spread(below, rivals, own, statistics)
@@ -182,24 +200,44 @@ def total_weight(
     return _sum_of_weights(inputs.keep_class, inputs, class_weights, axis)
 
 
-@functools.partial(label_terms.defjvp, symbolic_zeros=True)
+@functools.partial(_label_terms.defjvp, symbolic_zeros=True)
 def _label_terms_jvp(
     config: LabelConfig, primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[LabelTerms, LabelTerms]:
-    logits, labels, class_weights, keep_class, keep_row = primals
-    inputs = Masked(logits, keep_class, keep_row)
-    statistics = _numerics.label_statistics(inputs, labels, config.axis)
-    logits_dot = _numerics.unless_zero(tangents[0])
+) -> tuple[Any, Any]:
+    inputs, labels, class_weights = primals
+    # The function itself, not its formula: a higher derivative then applies this rule.
+    terms, statistics = _label_terms(config, *primals)
+    logits_dot = _numerics.unless_zero(tangents[0].logits)
     weights_dot = _numerics.unless_zero(tangents[2])
     total = None
     if config.spread:
         total = total_weight(inputs, class_weights, config.axis)
     rule = jax.checkpoint(functools.partial(label_terms_dot, config), prevent_cse=False)
-    terms_dot = rule(
+    dot = rule(
         inputs, labels, class_weights, total, statistics, logits_dot, weights_dot
     )
-    # The function itself, not its formula: a higher derivative then applies this rule.
-    return label_terms(config, *primals), terms_dot
+    normalizer_dot = dot.log_normalizer if config.normalizer else None
+    terms_dot = LabelTerms(dot.loss, dot.spread, normalizer_dot)
+    return (terms, statistics), (terms_dot, statistics_dot(statistics, dot))
+
+
+def statistics_dot(statistics: LabelStatistics, dot: LabelDot) -> LabelStatistics:
+    """Returns the tangents of the statistics, from those of loss and log-normaliser.
+
+    The largest logit and the pivot are constants: what they shift does not depend on
+    them.
+    """
+    constant = jnp.zeros_like(statistics.largest)
+    return LabelStatistics(
+        loss=dot.loss,
+        log_normalizer=dot.log_normalizer,
+        largest=constant,
+        log_mass=dot.log_normalizer,
+        pivot=constant,
+        rival_scale=-statistics.rival_scale * dot.log_normalizer,
+        rival_mass=statistics.label_mass * dot.loss,
+        label_mass=-statistics.label_mass * dot.loss,
+    )
 
 
 def label_terms_dot(
@@ -211,8 +249,8 @@ def label_terms_dot(
     statistics: LabelStatistics,
     logits_dot: jax.Array | None,
     weights_dot: jax.Array | None,
-) -> LabelTerms:
-    """Returns the tangents of the label terms, linear in the two directions.
+) -> LabelDot:
+    """Returns the tangents of all label terms, linear in the two directions.
 
     `total` is the `total_weight` of the rows, for the spread.
     """
@@ -232,8 +270,7 @@ def label_terms_dot(
         rival = jnp.exp(values - statistics.pivot) * statistics.rival_scale
         loss = inner(jnp.where(hit, -statistics.rival_mass, rival), direction)
         softmax = jnp.where(hit, statistics.label_mass, rival)
-        if config.normalizer:
-            normalizer = inner(softmax, direction)
+        normalizer = inner(softmax, direction)
         if total is not None:
             weights = 1 if class_weights is None else class_weights
             spread = inner(total * softmax - weights, direction)
@@ -243,134 +280,4 @@ def label_terms_dot(
             jnp.broadcast_to(weights_dot, values.shape), inputs
         )
         spread = spread + inner(surprise, direction)
-    return LabelTerms(
-        loss,
-        spread if config.spread else None,
-        normalizer if config.normalizer else None,
-    )
-
-
-class TargetTerms(NamedTuple):
-    """Per row, of size 1 along the class axis."""
-
-    loss: jax.Array  # Σ_j t_j (log-normaliser − x_j)
-    log_normalizer: jax.Array
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def target_terms(
-    axis: int,
-    logits: jax.Array,
-    targets: jax.Array,
-    keep_class: jax.Array | None,
-    keep_row: jax.Array | None,
-) -> TargetTerms:
-    """Returns the terms that the loss of dense targets is composed of.
-
-    Args:
-      axis: the class axis, negative; static.
-      logits: floating, any dtype.
-      targets: of the logits' shape, in the accumulation dtype.
-      keep_class: of the logits' shape.
-      keep_row: of size 1 along the class axis.
-    """
-    inputs = Masked(logits, keep_class, keep_row)
-    targets = _numerics.zero_where_dropped(targets, inputs)
-    statistics = _numerics.target_statistics(inputs, targets, axis)
-    terms = TargetTerms(statistics.loss, statistics.log_normalizer)
-    return jax.tree.map(lambda term: _numerics.zero_where_dropped(term, inputs), terms)
-
-
-@functools.partial(target_terms.defjvp, symbolic_zeros=True)
-def _target_terms_jvp(
-    axis: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[TargetTerms, TargetTerms]:
-    logits, targets, keep_class, keep_row = primals
-    inputs = Masked(logits, keep_class, keep_row)
-    kept = _numerics.zero_where_dropped(targets, inputs)
-    statistics = _numerics.target_statistics(inputs, kept, axis)
-    logits_dot = _numerics.unless_zero(tangents[0])
-    targets_dot = _numerics.unless_zero(tangents[1])
-    rule = jax.checkpoint(functools.partial(_target_terms_dot, axis), prevent_cse=False)
-    terms_dot = rule(inputs, targets, statistics, logits_dot, targets_dot)
-    return target_terms(axis, *primals), terms_dot
-
-
-def _target_terms_dot(
-    axis: int,
-    inputs: Masked,
-    targets: jax.Array,
-    statistics: TargetStatistics,
-    logits_dot: jax.Array | None,
-    targets_dot: jax.Array | None,
-) -> TargetTerms:
-    """Returns the tangents of the target terms, linear in the two directions."""
-    values = _numerics.masked(inputs)
-    targets = _numerics.zero_where_dropped(targets, inputs)
-
-    def inner(coefficients: jax.Array, direction: jax.Array) -> jax.Array:
-        coefficients = _numerics.zero_where_dropped(coefficients, inputs)
-        direction = _numerics.zero_where_dropped(direction, inputs)
-        return jnp.sum(coefficients * direction, axis=axis, keepdims=True)
-
-    zero = _numerics.zero_where_dropped(jnp.zeros_like(statistics.loss), inputs)
-    loss, normalizer = zero, zero
-    if logits_dot is not None:
-        direction = logits_dot.astype(values.dtype)
-        loss = inner(_numerics.target_gradient(values, targets, statistics), direction)
-        scale = 1 / (1 + statistics.excess)
-        normalizer = inner(jnp.exp(values - statistics.largest) * scale, direction)
-    if targets_dot is not None:
-        surprise = jnp.log1p(statistics.excess) + (statistics.largest - values)
-        loss = loss + inner(surprise, targets_dot)
-    return TargetTerms(loss, normalizer)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def linearized_terms(axis: int, logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Returns Σ_j g_j·x_j with g = T·softmax(x) − t, a constant to differentiation.
-
-    As Σ g = 0, the logits may be replaced by their distance to the largest: the value
-    then needs numbers a row, not the array g, and does not depend on a common offset.
-    """
-    inputs = Masked(logits, None, None)
-    statistics = _numerics.target_statistics(inputs, targets, axis)
-
-    def pull(inputs: Any, targets: Any, largest: Any) -> jax.Array:
-        below = largest - _numerics.masked(inputs)
-        return targets * jnp.where(targets == 0, 0, below)
-
-    def push(inputs: Any, largest: Any) -> jax.Array:
-        below = largest - _numerics.masked(inputs)
-        power = jnp.exp(-below)
-        return power * jnp.where(power == 0, 0, below)
-
-    largest = statistics.largest
-    targeted = sum_classes(pull, (inputs, targets, largest), axis)
-    expected = sum_classes(push, (inputs, largest), axis)
-    return targeted - statistics.total * (expected / (1 + statistics.excess))
-
-
-@functools.partial(linearized_terms.defjvp, symbolic_zeros=True)
-def _linearized_terms_jvp(
-    axis: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[jax.Array, jax.Array]:
-    logits, targets = primals
-    value = linearized_terms(axis, logits, targets)
-    direction = _numerics.unless_zero(tangents[0])
-    if direction is None:
-        return value, jnp.zeros_like(value)
-    constants = jax.lax.stop_gradient((logits, targets))
-    inputs = Masked(constants[0], None, None)
-    statistics = _numerics.target_statistics(inputs, constants[1], axis)
-
-    def rule(
-        inputs: Masked, targets: Any, statistics: Any, direction: Any
-    ) -> jax.Array:
-        values = _numerics.masked(inputs)
-        gradient = _numerics.target_gradient(values, targets, statistics)
-        product = gradient * direction.astype(values.dtype)
-        return jnp.sum(product, axis=axis, keepdims=True)
-
-    rule = jax.checkpoint(rule, prevent_cse=False)
-    return value, rule(inputs, constants[1], statistics, direction)
+    return LabelDot(loss, spread if config.spread else None, normalizer)

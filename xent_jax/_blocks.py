@@ -1,0 +1,119 @@
+"""The blocks of logits that a linear head holds at a time: their size, and loops.
+
+All sizes are static: they follow from shapes alone, so that a program and its memory
+are the same on every machine.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Smaller tiles leave the matrix units idle, or re-read what they multiply too often.
+_ROW_TILE_BYTES = 64 * 2**20
+_CLASS_TILE_BYTES = 32 * 2**20
+_FEWEST_CLASSES = 1024
+_LANES = 128
+_SUBLANES = 8
+
+
+def rows_per_block(rows: int, features: int, classes: int, itemsize: int) -> int:
+    """Returns how many rows a block of a scalar reduction has.
+
+    Every block reads the kernel and adds to its gradient once, so a block should have
+    many rows; its tile of logits should stay small beside that gradient. In bytes, the
+    tile is a sixteenth of all logits, but between a quarter of the kernel's gradient
+    and the whole of it, and 64 MiB at least.
+
+    Args:
+      rows: N. A symbolic number counts as few.
+      features: D.
+      classes: V.
+      itemsize: bytes of a logit.
+    """
+    gradient = itemsize * features * classes
+    share = itemsize * rows * classes // 16 if isinstance(rows, int) else 0
+    budget = max(_ROW_TILE_BYTES, min(max(share, gradient // 4), gradient))
+    most = _whole(budget // (itemsize * classes))
+    return _balanced(rows, most, _SUBLANES) if isinstance(rows, int) else most
+
+
+def classes_per_block(rows: int, classes: int, itemsize: int) -> int:
+    """Returns how many classes a block of a result per row has.
+
+    The tile of logits takes 32 MiB, or has 1024 classes where that is more.
+
+    Args:
+      rows: N. A symbolic number counts as many.
+      classes: V.
+      itemsize: bytes of a logit.
+    """
+    most = _FEWEST_CLASSES
+    if isinstance(rows, int) and rows > 0:
+        most = max(most, _whole(_CLASS_TILE_BYTES // (itemsize * rows)))
+    return _balanced(classes, most, _LANES)
+
+
+def _whole(size: int) -> int:
+    """Returns `size`, at least 1, rounded down to whole registers if it has any."""
+    unit = _LANES if size >= _LANES else _SUBLANES if size >= _SUBLANES else 1
+    return max(1, size // unit * unit)
+
+
+def _balanced(total: int, most: int, unit: int) -> int:
+    """Returns the block size for as few blocks of `most` as cover `total`."""
+    blocks = max(1, -(-total // most))
+    size = -(-total // blocks)
+    return max(1, min(-(-size // unit) * unit, most, total))
+
+
+def loop(
+    step: Callable[[Any, Any], tuple[Any, Any]], start: Any, blocks: Any
+) -> tuple[Any, Any]:
+    """Like `jax.lax.scan`, for what is not differentiated.
+
+    To differentiate a scan, JAX takes all that does not change from step to step out
+    of it, constants of the size of a tile among them, which then are held in memory.
+    """
+    count = jax.tree.leaves(blocks)[0].shape[0]
+
+    def block(index: jax.Array) -> Any:
+        return jax.tree.map(
+            lambda array: jax.lax.dynamic_index_in_dim(array, index, keepdims=False),
+            blocks,
+        )
+
+    def body(state: Any) -> Any:
+        index, carry, results = state
+        carry, result = step(carry, block(index))
+        results = jax.tree.map(
+            lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, index, 0),
+            results,
+            result,
+        )
+        return index + 1, carry, results
+
+    first = jax.tree.map(
+        lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), blocks
+    )
+    _, shapes = jax.eval_shape(step, start, first)
+    results = jax.tree.map(
+        lambda out: zeros((count, *out.shape), out.dtype, (start, blocks)), shapes
+    )
+    state = jnp.zeros((), jnp.int32), start, results
+    state = jax.lax.while_loop(lambda state: state[0] < count, body, state)
+    return state[1:]
+
+
+def zeros(shape: tuple[int, ...], dtype: jnp.dtype, references: Any) -> jax.Array:
+    """Returns zeros that vary over every mesh axis that a reference varies over.
+
+    Inside `jax.shard_map` the carry of a loop has to start as what it becomes. Nothing
+    of a reference gets into the value, a NaN neither, and XLA drops the selection.
+    """
+    array = jnp.zeros(shape, dtype)
+    for reference in jax.tree.leaves(references):
+        condition = jnp.sum(jnp.ravel(jax.lax.stop_gradient(reference))[:1]) > 0
+        array = jnp.where(condition, array, array)
+    return array

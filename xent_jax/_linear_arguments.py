@@ -1,0 +1,161 @@
+"""From the caller's arguments to the rows and the layer of a linear head.
+
+All batch axes are flattened to one axis of N rows, and whatever is one number a row or
+a class has the shape [N, 1] or [1, V]. A dropped row has label 0 and a dropped class
+bias 0, whatever they hold.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from xent_jax import _arguments, _checks
+from xent_jax._arguments import Keep, Layout
+from xent_jax._checks import Shape
+from xent_jax._layer import Layer, Rows
+from xent_jax._numerics import accumulation_dtype
+
+
+class Head(NamedTuple):
+    """The arguments of one call."""
+
+    batch_shape: Shape
+    rows: Rows
+    layer: Layer
+    weights: jax.Array | None  # [N, 1], in the accumulation dtype
+
+
+def read_head(
+    function: str,
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None,
+    where: ArrayLike | None,
+    class_mask: ArrayLike | None,
+    softcap: ArrayLike | None,
+    weights: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+) -> Head:
+    """Returns the checked arguments."""
+    features = _checks.as_array(function, "hidden", hidden)
+    _checks.check_floating(function, "hidden", features)
+    if features.ndim == 0:
+        _checks.fail(ValueError, function, "hidden", "have a last axis", ())
+    matrix = _checks.as_array(function, "kernel", kernel)
+    _checks.check_floating(function, "kernel", matrix)
+    if matrix.ndim != 2 or matrix.shape[0] != features.shape[-1]:
+        expected = f"have shape ({features.shape[-1]}, V) (features of hidden, classes)"
+        _checks.fail(ValueError, function, "kernel", expected, matrix.shape)
+    classes = matrix.shape[1]
+    if classes == 0:
+        expected = "have at least one class"
+        _checks.fail(ValueError, function, "kernel", expected, matrix.shape)
+    dtype = accumulation_dtype(features.dtype)
+    # The layout of the logits, had there been any.
+    shape = (*features.shape[:-1], classes)
+    layout = Layout(function, "hidden", shape, (features.ndim - 1,))
+    mask = _read_classes(function, "class_mask", class_mask, classes)
+    keep = _read_rows(layout, where)
+    if weights is not None:
+        weights = _checks.as_array(function, "weights", weights)
+        _checks.check_real(function, "weights", weights)
+        _checks.check_shape(
+            function, "weights", weights, layout.batch_shape, layout.batch_meaning
+        )
+        weights = weights.astype(dtype).reshape(-1, 1)
+    if mask is not None:
+        # As in the other losses, a row without a single kept class does not count.
+        kept = jnp.any(mask)
+        keep = jnp.full(layout.batch_shape, kept) if keep is None else keep & kept
+    rows = None if keep is None else layout.rows(keep)
+    ids = _arguments.read_class_ids(layout, labels, Keep(None, rows)).reshape(-1, 1)
+    features = features.reshape(-1, features.shape[-1])
+    rows = None if rows is None else rows.reshape(-1, 1)
+    if weights is not None:
+        finite = jnp.all(jnp.isfinite(features), axis=-1, keepdims=True) & (ids >= 0)
+        counted = (weights != 0) | finite
+        rows = counted if rows is None else rows & counted
+        ids = jnp.where(counted, ids, 0)
+    offsets = _read_classes(function, "bias", bias, classes, dtype)
+    if offsets is not None and mask is not None:
+        offsets = jnp.where(mask, offsets, 0)
+    layer = Layer(
+        matrix,
+        offsets,
+        _read_softcap(function, softcap, dtype),
+        mask,
+        _read_classes(function, "class_weights", class_weights, classes, dtype),
+    )
+    return Head(layout.batch_shape, Rows(features, ids, rows), layer, weights)
+
+
+def _read_rows(layout: Layout, where: ArrayLike | None) -> jax.Array | None:
+    if where is None:
+        return None
+    mask = _checks.as_array(layout.function, "where", where)
+    _checks.check_boolean(layout.function, "where", mask)
+    _checks.check_shape(
+        layout.function, "where", mask, layout.batch_shape, layout.batch_meaning
+    )
+    return mask
+
+
+def _read_classes(
+    function: str,
+    argument: str,
+    value: ArrayLike | None,
+    classes: int,
+    dtype: jnp.dtype | None = None,
+) -> jax.Array | None:
+    """Returns [1, V] of the given dtype; a mask where there is none."""
+    if value is None:
+        return None
+    array = _checks.as_array(function, argument, value)
+    if dtype is None:
+        _checks.check_boolean(function, argument, array)
+    else:
+        _checks.check_real(function, argument, array)
+        array = array.astype(dtype)
+    meaning = "one value a class, as the kernel's columns"
+    _checks.check_shape(function, argument, array, (classes,), meaning)
+    return array[None]
+
+
+def _read_softcap(
+    function: str, softcap: ArrayLike | None, dtype: jnp.dtype
+) -> jax.Array | None:
+    if softcap is None:
+        return None
+    infinity = float("inf")
+    _checks.check_number(function, "softcap", softcap, 0, infinity, inside=True)
+    return jnp.asarray(softcap).astype(dtype)
+
+
+def check_reduction(function: str, reduction: str | None) -> None:
+    """Raises unless the reduction is one of the three."""
+    if reduction not in (None, "mean", "sum"):
+        expected = "be None, 'mean' or 'sum'"
+        _checks.fail(ValueError, function, "reduction", expected, repr(reduction))
+
+
+def read_block(
+    function: str, argument: str, size: int | None, default: int, most: int
+) -> int:
+    """Returns a block size: the caller's, or the default; `most` of it at most."""
+    if size is None:
+        return default
+    if isinstance(size, bool) or not isinstance(size, int):
+        _checks.fail(TypeError, function, argument, "be an integer", repr(size))
+    if size < 1:
+        _checks.fail(ValueError, function, argument, "be positive", repr(size))
+    return max(1, min(size, most)) if isinstance(most, int) else size
+
+
+def refuse_block(function: str, argument: str, size: int | None, instead: str) -> None:
+    """Raises if a block size is given that does not apply."""
+    if size is not None:
+        _checks.fail(ValueError, function, argument, instead, repr(size))

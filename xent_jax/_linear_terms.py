@@ -1,0 +1,290 @@
+"""The terms of a linear head's losses per row, without holding the logits.
+
+Classes come in blocks, whose statistics are merged. As in `_label_terms`, the rule of
+the `jax.custom_jvp` is the closed form "mean parameter minus target"; here a scan adds
+it up over the blocks, and its body is checkpointed, so that reverse mode makes each
+block of logits again instead of keeping it. The closed form is written in the results
+themselves, so a higher derivative applies the rule again.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from xent_jax import _block_statistics, _label_terms, _numerics
+from xent_jax._block_statistics import BlockStatistics
+from xent_jax._blocks import loop, zeros
+from xent_jax._label_terms import LabelConfig, LabelDot, LabelTerms
+from xent_jax._layer import (
+    Layer,
+    Rows,
+    capped,
+    class_total,
+    kept_hidden,
+    product,
+)
+from xent_jax._numerics import LabelStatistics, Masked, unless_zero
+
+
+class TermsConfig(NamedTuple):
+    """What is static in the terms."""
+
+    class_block: int
+    spread: bool
+    entropy: bool
+    prediction: bool
+
+
+class LinearTerms(NamedTuple):
+    """Per row, [N, 1]; `None` where not wanted, 0 in a dropped row."""
+
+    label: LabelTerms
+    entropy: jax.Array | None  # −Σ_j p_j log p_j
+    prediction: jax.Array | None  # int32: the arg max class, −1 where there is none
+    statistics: LabelStatistics  # what the derivatives are made of
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def linear_terms(config: TermsConfig, rows: Rows, layer: Layer) -> LinearTerms:
+    """Returns the terms of every row, from blocks of classes."""
+    hidden = kept_hidden(rows)
+
+    def statistics_of(index: jax.Array) -> BlockStatistics:
+        block = _block(config, hidden, rows.keep, layer, index)
+        statistics = _block_statistics.block_statistics(
+            block.inputs,
+            rows.labels - block.start,
+            block.part.class_weights,
+            spread=config.spread,
+            entropy=config.entropy,
+            prediction=config.prediction,
+        )
+        if statistics.top is None:
+            return statistics
+        top = statistics.top
+        top = top._replace(class_id=top.class_id + block.start)
+        return statistics._replace(top=top)
+
+    def step(total: BlockStatistics, index: jax.Array) -> tuple[BlockStatistics, None]:
+        return _block_statistics.merged(total, statistics_of(index)), None
+
+    indices = _indices(config, layer)
+    nothing = jax.tree.map(
+        lambda out: zeros(out.shape, out.dtype, (rows, layer)),
+        jax.eval_shape(statistics_of, indices[0]),
+    )
+    nothing = nothing._replace(best_rival=nothing.best_rival - jnp.inf)
+    if nothing.top is not None:
+        top = nothing.top._replace(logit=nothing.top.logit - jnp.inf)
+        nothing = nothing._replace(top=top)
+    total, _ = loop(step, nothing, indices)
+    label_logit = _numerics.defined(total.label_logit, rows.labels)
+    statistics = _numerics.settled(total.best_rival, total.rivals, label_logit)
+    spread = prediction = None
+    if total.spread is not None:
+        below, rivals, own = total.spread
+        spread = _label_terms.settled_spread(below, rivals, own, statistics)
+    if total.top is not None:
+        prediction = jnp.where(jnp.isfinite(total.top.logit), total.top.class_id, -1)
+    label = LabelTerms(statistics.loss, spread, statistics.log_normalizer)
+    entropy = _block_statistics.settled_entropy(statistics, total)
+    if rows.keep is not None:
+        label, entropy = jax.tree.map(
+            lambda term: jnp.where(rows.keep, term, 0), (label, entropy)
+        )
+        if prediction is not None:
+            prediction = jnp.where(rows.keep, prediction, -1)
+    return LinearTerms(label, entropy, prediction, statistics)
+
+
+def _indices(config: TermsConfig, layer: Layer) -> jax.Array:
+    blocks = -(-layer.kernel.shape[1] // config.class_block)
+    return jnp.arange(blocks, dtype=jnp.int32)
+
+
+def _slice(config: TermsConfig, classes: int, index: jax.Array, array: Any) -> Any:
+    """Returns the block's part of an array of classes, `None` for `None`."""
+    if array is None:
+        return None
+    size = config.class_block
+    start = jnp.minimum(index * size, classes - size)
+    return jax.lax.dynamic_slice_in_dim(array, start, size, axis=1)
+
+
+class _Block(NamedTuple):
+    start: jax.Array  # the id of the first class
+    part: Layer
+    linear: jax.Array  # the product with the kernel
+    inputs: Masked  # the logits and what counts of them
+
+
+def _block(
+    config: TermsConfig,
+    hidden: jax.Array,
+    keep: jax.Array | None,
+    layer: Layer,
+    index: jax.Array,
+) -> _Block:
+    """Returns a block of classes with its logits.
+
+    The last block overlaps the one before it, whose classes it does not count again.
+    """
+    classes, size = layer.kernel.shape[1], config.class_block
+    start = jnp.minimum(index * size, classes - size)
+    take = functools.partial(_slice, config, classes, index)
+    part = Layer(
+        take(layer.kernel),
+        take(layer.bias),
+        layer.softcap,
+        take(layer.class_mask),
+        take(layer.class_weights),
+    )
+    mask = part.class_mask
+    linear = product(hidden, part.kernel.astype(hidden.dtype))
+    logits = capped(linear, part.bias, part.softcap)
+    if classes % size:
+        fresh = start + jnp.arange(size, dtype=jnp.int32)[None] >= index * size
+        mask = fresh if mask is None else mask & fresh
+    return _Block(start, part, linear, Masked(logits, mask, keep))
+
+
+@functools.partial(linear_terms.defjvp, symbolic_zeros=True)
+def _linear_terms_jvp(
+    config: TermsConfig, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[LinearTerms, LinearTerms]:
+    rows, layer = primals
+    terms = linear_terms(config, rows, layer)
+    rows_dot, layer_dot = jax.tree.map(
+        unless_zero,
+        tangents,
+        is_leaf=lambda t: isinstance(t, jax.custom_derivatives.SymbolicZero),
+    )
+    hidden = kept_hidden(rows)
+    hidden_dot = rows_dot.hidden
+    if hidden_dot is not None:
+        # In float32, so that reverse mode adds the blocks up in float32.
+        hidden_dot = kept_hidden(rows._replace(hidden=hidden_dot))
+        hidden_dot = hidden_dot.astype(terms.label.loss.dtype)
+    dot = _terms_dot(config, hidden, hidden_dot, rows, layer, layer_dot, terms)
+    return terms, LinearTerms(
+        LabelTerms(dot.label.loss, dot.label.spread, dot.label.log_normalizer),
+        dot.entropy,
+        _no_tangent(terms.prediction),
+        _label_terms.statistics_dot(terms.statistics, dot.label),
+    )
+
+
+def _no_tangent(integers: jax.Array | None) -> Any:
+    """Returns what JAX takes for the tangent of integers."""
+    if integers is None:
+        return None
+    return np.zeros(integers.shape, jax.dtypes.float0)
+
+
+class _TermsDot(NamedTuple):
+    label: LabelDot
+    entropy: jax.Array | None
+
+
+def _terms_dot(
+    config: TermsConfig,
+    hidden: jax.Array,
+    hidden_dot: jax.Array | None,
+    rows: Rows,
+    layer: Layer,
+    layer_dot: Layer,
+    terms: LinearTerms,
+) -> _TermsDot:
+    """Returns the tangents of the terms, linear in those of the arguments."""
+    statistics = terms.statistics
+    classes = layer.kernel.shape[1]
+    weight = class_total(layer, terms.label.loss.dtype) if config.spread else None
+    label_config = LabelConfig(-1, config.spread, normalizer=True)
+
+    def step(total: _TermsDot, index: jax.Array) -> tuple[_TermsDot, None]:
+        block = _block(config, hidden, rows.keep, layer, index)
+        take = functools.partial(_slice, config, classes, index)
+        part_dot = Layer(
+            take(layer_dot.kernel),
+            take(layer_dot.bias),
+            layer_dot.softcap,
+            None,
+            take(layer_dot.class_weights),
+        )
+        logits_dot = _logits_dot(hidden, hidden_dot, block, part_dot)
+        label = _label_terms.label_terms_dot(
+            label_config,
+            block.inputs,
+            rows.labels - block.start,
+            block.part.class_weights,
+            weight,
+            statistics,
+            logits_dot,
+            part_dot.class_weights,
+        )
+        entropy = None
+        if terms.entropy is not None:
+            entropy = _entropy_dot(block.inputs, statistics, terms.entropy, logits_dot)
+        return jax.tree.map(jnp.add, total, _TermsDot(label, entropy)), None
+
+    loss = terms.label.loss
+    zero = zeros(loss.shape, loss.dtype, (rows, layer))
+    nothing = _TermsDot(
+        LabelDot(zero, zero if config.spread else None, zero),
+        zero if config.entropy else None,
+    )
+    step = jax.checkpoint(step, prevent_cse=False)
+    return jax.lax.scan(step, nothing, _indices(config, layer))[0]
+
+
+def _logits_dot(
+    hidden: jax.Array, hidden_dot: jax.Array | None, block: _Block, part_dot: Layer
+) -> jax.Array | None:
+    """Returns the tangent of a block's logits."""
+    part, linear, linear_dot = block.part, block.linear, None
+    # Products in the dtype of the features, and so are those that they transpose to.
+    if hidden_dot is not None:
+        kernel = part.kernel.astype(hidden.dtype)
+        linear_dot = jnp.matmul(hidden_dot.astype(hidden.dtype), kernel)
+        linear_dot = linear_dot.astype(linear.dtype)
+    if part_dot.kernel is not None:
+        kernel_dot = part_dot.kernel.astype(hidden.dtype)
+        by_kernel = jnp.matmul(hidden, kernel_dot).astype(linear.dtype)
+        linear_dot = by_kernel if linear_dot is None else linear_dot + by_kernel
+    primals = [linear, part.bias, part.softcap]
+    dots = [linear_dot, part_dot.bias, part_dot.softcap]
+    places = [place for place, dot in enumerate(dots) if dot is not None]
+    if not places:
+        return None
+
+    def logits(*moving: jax.Array) -> jax.Array:
+        arguments: list[Any] = list(primals)
+        for place, value in zip(places, moving, strict=True):
+            arguments[place] = value
+        return capped(*arguments)
+
+    return jax.jvp(
+        logits,
+        tuple(primals[place] for place in places),
+        tuple(dots[place] for place in places),
+    )[1]
+
+
+def _entropy_dot(
+    inputs: Masked,
+    statistics: LabelStatistics,
+    entropy: jax.Array,
+    logits_dot: jax.Array | None,
+) -> jax.Array:
+    """Returns Σ_j p_j (−log p_j − entropy) ẋ_j over a block."""
+    if logits_dot is None:
+        return jnp.zeros_like(entropy)
+    drop = statistics.largest - _numerics.masked(inputs)
+    power = jnp.exp(-drop) * statistics.rival_scale
+    surprise = jnp.where(power == 0, 0, drop) + statistics.log_mass
+    slope = power * (surprise - entropy)
+    slope = _numerics.zero_where_dropped(slope, inputs)
+    return jnp.sum(slope * logits_dot, axis=-1, keepdims=True)
