@@ -241,6 +241,194 @@ def weighted_mean(values: Any, weights: Any = None) -> np.float64:
     return np.float64(_times(weights, values).sum() / total)
 
 
+class LinearLoss(NamedTuple):
+    """The loss of a linear head, and the gradients of the sum of its results."""
+
+    value: np.ndarray
+    hidden: np.ndarray
+    kernel: np.ndarray
+    bias: np.ndarray
+    weights: np.ndarray
+    class_weights: np.ndarray
+    softcap: np.ndarray
+
+
+def linear_softmax_cross_entropy(
+    hidden: Any,
+    kernel: Any,
+    labels: Any,
+    *,
+    bias: Any = None,
+    where: Any = None,
+    weights: Any = None,
+    class_mask: Any = None,
+    reduction: str | None = None,
+    label_smoothing: float = 0.0,
+    class_weights: Any = None,
+    z_loss: float = 0.0,
+    softcap: Any = None,
+) -> LinearLoss:
+    """The integer-label loss of capped logits, times row weights; sum or mean.
+
+    The mean is Σ w·loss / Σ w·class_weights[label] over the kept rows, 0 when nothing
+    is kept. A row of weight 0 that is not finite, or names no class, is dropped.
+    """
+    head = _linear_head(
+        hidden, kernel, labels, bias, where, weights, class_mask, softcap
+    )
+    count, classes = head.logits.shape
+    of_class = _flat_weights(class_weights, classes)
+    loss = softmax_cross_entropy_with_integer_labels(
+        head.logits,
+        head.ids,
+        where=head.kept,
+        label_smoothing=label_smoothing,
+        class_weights=of_class,
+        z_loss=z_loss,
+    )
+    surprise = softmax_cross_entropy(
+        head.logits, np.zeros(head.logits.shape), where=head.kept
+    ).label_gradient
+    hit = (np.arange(classes) == head.ids[:, None]) & head.kept.any(1)[:, None]
+    share = head.kept / np.maximum(head.kept.sum(1, keepdims=True), 1)
+    target = (1 - label_smoothing) * hit + label_smoothing * share
+    of_row = head.weights[:, None]
+    by_class = _times(of_row * target, surprise).sum(0)
+    value = _times(head.weights, loss.value)
+    slope, by_row = _times(of_row, loss.gradient), loss.value
+    if reduction is None:
+        value = value.reshape(np.shape(labels))
+    else:
+        value = value.sum()
+    if reduction == "mean":
+        mass = (of_row * hit * of_class).sum()
+        scale = 0.0 if mass == 0 else 1 / mass
+        value = value * scale if mass else 0.0
+        by_row = _times(scale, by_row - (hit * of_class).sum(1) * value)
+        by_class = _times(scale, by_class - (of_row * hit).sum(0) * value)
+        slope = _times(scale, slope)
+    return LinearLoss(
+        np.asarray(value),
+        *_pulled_back(head, slope, np.shape(hidden)),
+        weights=by_row.reshape(np.shape(labels)),
+        class_weights=by_class,
+        softcap=_times(slope, head.cap_slope).sum(),
+    )
+
+
+class LinearStatistics(NamedTuple):
+    """What a head's statistics are, and gradients of their weighted sum."""
+
+    log_prob: np.ndarray
+    log_normalizer: np.ndarray
+    entropy: np.ndarray
+    prediction: np.ndarray
+    hidden: np.ndarray
+    kernel: np.ndarray
+    bias: np.ndarray
+
+
+def linear_softmax_statistics(
+    hidden: Any,
+    kernel: Any,
+    labels: Any,
+    *,
+    bias: Any = None,
+    where: Any = None,
+    class_mask: Any = None,
+    softcap: Any = None,
+    factors: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> LinearStatistics:
+    """Log-probability, log-normaliser, entropy, arg max; `factors` of the first three.
+
+    The arg max is the first of the largest, −1 where none is kept or finite.
+    """
+    head = _linear_head(hidden, kernel, labels, bias, where, None, class_mask, softcap)
+    kept, logits = head.kept, head.logits
+    alive = kept.any(1)
+    values = np.where(kept, logits, -np.inf)
+    top = np.where(alive, values.max(1), 0.0)
+    power = np.exp(values - top[:, None])
+    total = np.where(alive, power.sum(1), 1.0)[:, None]
+    p = power / total
+    log_p = np.where(kept, values - top[:, None] - np.log(total), 0.0)
+    entropy = _times(p, -log_p).sum(1)
+    hit = (np.arange(values.shape[1]) == head.ids[:, None]) & alive[:, None]
+    log_prob = np.where(hit & ~kept, -np.inf, _times(hit, log_p)).sum(1)
+    by_prob, by_normalizer, by_entropy = factors
+    slope = by_prob * (hit - p) + by_normalizer * p
+    slope = slope - by_entropy * _times(p, log_p + entropy[:, None])
+    shape = np.shape(labels)
+    finite = alive & np.isfinite(values.max(1))
+    return LinearStatistics(
+        log_prob.reshape(shape),
+        np.where(alive, top + np.log(total[:, 0]), 0.0).reshape(shape),
+        entropy.reshape(shape),
+        np.where(finite, values.argmax(1), -1).reshape(shape),
+        *_pulled_back(head, np.where(kept, slope, 0.0), np.shape(hidden)),
+    )
+
+
+class _LinearHead(NamedTuple):
+    """N rows of a linear head, in float64."""
+
+    hidden: np.ndarray  # [N, D], 0 in a dropped row
+    kernel: np.ndarray  # [D, V], 0 in a dropped class
+    ids: np.ndarray  # [N]
+    weights: np.ndarray  # [N]
+    kept: np.ndarray  # [N, V]
+    logits: np.ndarray  # [N, V]
+    slope: np.ndarray  # of the cap, by what it caps
+    cap_slope: np.ndarray  # of the logits, by the cap
+
+
+def _linear_head(
+    hidden: Any,
+    kernel: Any,
+    labels: Any,
+    bias: Any,
+    where: Any,
+    weights: Any,
+    class_mask: Any,
+    softcap: Any,
+) -> _LinearHead:
+    kernel = np.asarray(kernel).astype(np.float64)
+    features, classes = kernel.shape
+    ids = np.asarray(labels).reshape(-1)
+    count = ids.size
+    hidden = np.asarray(hidden).astype(np.float64).reshape(count, features)
+    rows = np.ones(count, bool) if where is None else np.asarray(where).reshape(-1)
+    if weights is None:
+        weights = np.ones(count)
+    weights = np.asarray(weights).astype(np.float64).reshape(-1)
+    broken = ~np.isfinite(hidden).all(1) | (ids < 0) | (ids >= classes)
+    rows = rows & ~((weights == 0) & broken)
+    columns = np.ones(classes, bool) if class_mask is None else np.asarray(class_mask)
+    hidden = np.where(rows[:, None], hidden, 0.0)
+    kernel = np.where(columns, kernel, 0.0)
+    offset = np.zeros(classes) if bias is None else np.asarray(bias).astype(np.float64)
+    linear = hidden @ kernel + np.where(columns, offset, 0.0)
+    kept = rows[:, None] & columns
+    slope, cap_slope = np.ones(linear.shape), np.zeros(linear.shape)
+    logits = linear
+    if softcap is not None:
+        cap = np.float64(softcap)
+        bent = np.tanh(linear / cap)
+        slope = 1 - bent**2
+        cap_slope = bent - _times(slope, linear / cap)
+        logits = cap * bent
+    return _LinearHead(hidden, kernel, ids, weights, kept, logits, slope, cap_slope)
+
+
+def _pulled_back(
+    head: _LinearHead, by_logits: np.ndarray, shape: tuple[int, ...]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the gradients by hidden, kernel and bias from those by the logits."""
+    by_linear = _times(by_logits, head.slope)
+    by_hidden = by_linear @ head.kernel.T
+    return by_hidden.reshape(shape), head.hidden.T @ by_linear, by_linear.sum(0)
+
+
 def softmax(logits: Any) -> np.ndarray:
     """Softmax over the last axis."""
     x = np.asarray(logits).astype(np.float64)

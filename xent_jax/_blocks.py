@@ -23,7 +23,7 @@ def rows_per_block(rows: int, features: int, classes: int, itemsize: int) -> int
 
     Every block reads the kernel and adds to its gradient once, so a block should have
     many rows; its tile of logits should stay small beside that gradient. In bytes, the
-    tile is a sixteenth of all logits, but between a quarter of the kernel's gradient
+    tile is a sixteenth of all logits, but between a half of the kernel's gradient
     and the whole of it, and 64 MiB at least.
 
     Args:
@@ -34,7 +34,7 @@ def rows_per_block(rows: int, features: int, classes: int, itemsize: int) -> int
     """
     gradient = itemsize * features * classes
     share = itemsize * rows * classes // 16 if isinstance(rows, int) else 0
-    budget = max(_ROW_TILE_BYTES, min(max(share, gradient // 4), gradient))
+    budget = max(_ROW_TILE_BYTES, min(max(share, gradient // 2), gradient))
     most = _whole(budget // (itemsize * classes))
     return _balanced(rows, most, _SUBLANES) if isinstance(rows, int) else most
 

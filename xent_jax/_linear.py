@@ -53,7 +53,7 @@ def linear_softmax_cross_entropy(
       numbers a row, so it takes the least memory.
 
     Memory: a block of the first form holds a sixteenth of all logits, but at least a
-    quarter of the kernel's size and at most the whole of it (in float32), and at least
+    half of the kernel's size and at most the whole of it (in float32), and at least
     64 MiB. A block of the second form holds 32 MiB of logits, or 1024 classes where
     that is more. `row_block` and `class_block` say otherwise.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from aot.cases import Case
+from aot.cases import LogitsCase
 from aot.compilers import Compiled
 
 MEBIBYTE = 2**20
@@ -23,7 +23,7 @@ def logits_bytes(dtype: DTypeLike) -> int:
 
 def check_loss(
     compiled: Compiled,
-    case: Case,
+    case: LogitsCase,
     dtype: DTypeLike,
     *,
     temp_bytes: int,

@@ -126,19 +126,33 @@ class Module:
             if product.opcode in ("dot", "convolution")
         )
 
+    @property
+    def matmul_flops(self) -> int:
+        """Floating-point operations of all matrix products in one run.
+
+        A product that a library does, a custom call, is not among them.
+        """
+        return sum(
+            repetitions * _product_flops(instruction, computation)
+            for name, repetitions in self._executed(self.entry, 1)
+            for computation, instruction in self._nested(name)
+            if instruction.opcode in ("dot", "convolution")
+        )
+
     def _all(self) -> Iterator[tuple[Computation, Instruction]]:
         """Yields every instruction with the computation that it is part of."""
         for computation in self.computations.values():
             for instruction in computation.values():
                 yield computation, instruction
 
-    def buffers(self, dtype: str, elements: int) -> list[str]:
+    def buffers(self, dtype: str | None, elements: int) -> list[str]:
         """Names the instructions that write such an array to main memory.
 
         Instructions inside fusions are left out: their results never exist as a whole.
 
         Args:
-          dtype: the element type in XLA's spelling, such as `f32` or `bf16`.
+          dtype: the element type in XLA's spelling, such as `f32` or `bf16`; `None`
+            for any.
           elements: arrays with at least so many elements count, whatever their shape.
 
         Returns:
@@ -150,7 +164,7 @@ class Module:
             for instruction in self.computations[computation].values()
             for array in instruction.arrays
             if instruction.opcode not in _FREE
-            and array.dtype == dtype
+            and dtype in (None, array.dtype)
             and array.elements >= elements
             and not array.on_chip
         ]
@@ -200,7 +214,7 @@ class Module:
             return int(known.group(1))
         # The TPU compiler leaves no such note, but the loops that JAX builds count from
         # zero in steps of one and stop at `counter < N`, the condition's one constant.
-        condition = list(self._nested(loop.called("condition")))
+        condition = [line for _, line in self._nested(loop.called("condition"))]
         limits = [
             int(line.arguments)
             for line in condition
@@ -210,11 +224,12 @@ class Module:
             return limits[0]
         raise ValueError(f"{loop.name}: the trip count cannot be read from the text.")
 
-    def _nested(self, name: str) -> Iterator[Instruction]:
+    def _nested(self, name: str) -> Iterator[tuple[Computation, Instruction]]:
         """Yields the instructions of a computation and of the fusions in it."""
-        for instruction in self.computations[name].values():
-            yield instruction
-            if instruction.opcode == "fusion":
+        computation = self.computations[name]
+        for instruction in computation.values():
+            yield computation, instruction
+            if instruction.opcode in ("fusion", "async-start"):
                 yield from self._nested(instruction.called("calls"))
 
     def _moved(self, instruction: Instruction, computation: Computation) -> int:
@@ -373,6 +388,21 @@ def _item_bytes(dtype: str) -> float:
         return 0
     bits = re.search(r"\d+", dtype)
     return int(bits.group()) / 8 if bits else 1  # `pred` takes a byte.
+
+
+def _product_flops(product: Instruction, computation: Computation) -> int:
+    """Two operations for every element of the result and every term of its sum."""
+    left, right = (computation[name].arrays[0] for name in product.operands[:2])
+    if product.opcode == "dot":
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", product.attributes)
+        listed = axes.group(1).split(",") if axes else []
+        terms = math.prod(left.shape[int(axis)] for axis in listed if axis)
+    else:  # The sum is over all of the right operand's axes but that of the outputs.
+        labels = re.search(r"dim_labels=\w+_(\w+)->", product.attributes)
+        if labels is None:
+            raise ValueError(f"{product.name}: no dim_labels.")
+        terms = right.elements // right.shape[labels.group(1).index("o")]
+    return 2 * product.arrays[0].elements * terms
 
 
 def _copied(result: Array, source: Instruction, size: int | None = None) -> int:

@@ -4,6 +4,7 @@ Exporting lowers for the three platforms on any machine; what comes out is what 
 server loads. It must survive serialisation and give on a CPU what the function gives.
 """
 
+import dataclasses
 import inspect
 
 import jax
@@ -13,7 +14,8 @@ import pytest
 from jax import export
 
 import xent_jax
-from aot.cases import CASES, Case
+from aot.cases import CASES, Case, mean
+from aot.linear import STATISTICS, linear_case
 
 # JAX needs it to serialise, and does not depend on it.
 pytest.importorskip("flatbuffers")
@@ -23,21 +25,31 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 # Rows of 1024 take the path that is special to long rows on a CPU.
 SHAPE = (4, 1024)
 
+# Rows of features, where a linear layer makes the logits.
+FEATURES = 16
+LINEAR_CASES = [
+    dataclasses.replace(case, features=FEATURES)
+    for case in (
+        linear_case("mean"),
+        linear_case("mean", "every"),
+        linear_case(None),
+        linear_case(None, "every"),
+        STATISTICS,
+    )
+]
+
 ALL_CASES = (
     *CASES,
-    Case(
-        "weighted-mean",
-        xent_jax.weighted_mean,
-        xent_jax.weighted_mean,
-        ("targets",),
-        passes=3,
-    ),
+    *LINEAR_CASES,
+    Case("weighted-mean", xent_jax.weighted_mean, xent_jax.weighted_mean, ("targets",)),
 )
 
-# The options of a function only matter to its own values.
+# The options of a function only matter to its own values, but those of the linear head
+# decide which of two programs it is.
 ONE_CASE_A_FUNCTION = list(
     {case.function: case for case in reversed(ALL_CASES)}.values()
 )
+ONE_CASE_A_PROGRAM = [*ONE_CASE_A_FUNCTION, *LINEAR_CASES[1:4]]
 
 
 def every(cases):
@@ -99,19 +111,19 @@ def test_value_and_gradient_survive_export(case, dtype):
     assert_close(call(*arguments), jax.jit(case.value_and_grad)(*arguments))
 
 
-@every(ONE_CASE_A_FUNCTION)
+@every(ONE_CASE_A_PROGRAM)
 def test_exported_value_can_be_differentiated(case):
     arguments = sample(case.arguments(SHAPE, "float32"))
     call = exported_and_back(case.loss, arguments, vjp_order=1)
 
-    def mean(*arguments):
-        return jnp.mean(call(*arguments))
-
+    inputs = len(arguments) - len(case.others)
+    by = 0 if inputs == 1 else tuple(range(inputs))
+    exported_gradient = jax.grad(lambda *a: mean(call(*a)), by)
     _, gradient = jax.jit(case.value_and_grad)(*arguments)
-    assert_close(jax.jit(jax.grad(mean))(*arguments), gradient)
+    assert_close(jax.jit(exported_gradient)(*arguments), gradient)
 
 
-@every(ONE_CASE_A_FUNCTION)
+@every(ONE_CASE_A_PROGRAM)
 def test_number_of_rows_may_stay_open(case):
     arguments = sample(case.arguments(SHAPE, "float32"))
     (rows,) = export.symbolic_shape("rows")

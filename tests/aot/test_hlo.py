@@ -276,6 +276,32 @@ def test_matrix_products_show_their_operand_types():
     assert module.custom_calls == {"mine"}
 
 
+def test_a_dot_costs_two_operations_a_term():
+    module = program(
+        [
+            "%a = bf16[3,8,16]{2,1,0} parameter(0)",
+            "%b = bf16[3,16,4]{2,1,0} parameter(1)",
+            "ROOT %c = f32[3,8,4]{2,1,0} dot(%a, %b), lhs_batch_dims={0}, "
+            "lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}",
+        ]
+    )
+    assert module.matmul_flops == 2 * 3 * 8 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    ("right", "labels"), [("bf16[16,4]", "bf_io->bf"), ("bf16[4,16]", "bf_oi->bf")]
+)
+def test_a_convolution_that_is_a_matrix_product_costs_what_that_does(right, labels):
+    module = program(
+        [
+            "%a = bf16[8,16]{1,0} parameter(0)",
+            f"%b = {right}{{1,0}} parameter(1)",
+            f"ROOT %c = f32[8,4]{{1,0}} convolution(%a, %b), dim_labels={labels}",
+        ]
+    )
+    assert module.matmul_flops == 2 * 8 * 16 * 4
+
+
 def test_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.parse("HloModule empty")
@@ -290,6 +316,14 @@ def test_a_compiled_elementwise_function_is_one_read_and_one_write():
     module = compiled(lambda x: jnp.exp(-x) * x, (512, 512))
     assert module.traffic == 2 * 512 * 512 * 4
     assert "exponential" in module.opcodes
+
+
+def test_the_products_of_a_compiled_loop_are_counted_in_full():
+    def total(x, matrix):
+        return jax.lax.scan(lambda c, _: (jnp.tanh(c @ matrix), None), x, length=7)[0]
+
+    module = compiled(total, (64, 32), (32, 32))
+    assert module.matmul_flops == 7 * 2 * 64 * 32 * 32
 
 
 def test_a_compiled_loop_is_counted_in_full():
