@@ -276,7 +276,7 @@ def linear_softmax_cross_entropy(
     head = _linear_head(
         hidden, kernel, labels, bias, where, weights, class_mask, softcap
     )
-    count, classes = head.logits.shape
+    classes = head.logits.shape[1]
     of_class = _flat_weights(class_weights, classes)
     loss = softmax_cross_entropy_with_integer_labels(
         head.logits,
@@ -296,10 +296,7 @@ def linear_softmax_cross_entropy(
     by_class = _times(of_row * target, surprise).sum(0)
     value = _times(head.weights, loss.value)
     slope, by_row = _times(of_row, loss.gradient), loss.value
-    if reduction is None:
-        value = value.reshape(np.shape(labels))
-    else:
-        value = value.sum()
+    value = value.reshape(np.shape(labels)) if reduction is None else value.sum()
     if reduction == "mean":
         mass = (of_row * hit * of_class).sum()
         scale = 0.0 if mass == 0 else 1 / mass
@@ -349,9 +346,11 @@ def linear_softmax_statistics(
     values = np.where(kept, logits, -np.inf)
     top = np.where(alive, values.max(1), 0.0)
     power = np.exp(values - top[:, None])
-    total = np.where(alive, power.sum(1), 1.0)[:, None]
-    p = power / total
-    log_p = np.where(kept, values - top[:, None] - np.log(total), 0.0)
+    # The 1 of one largest logit is left out, as in `_softmax_row`.
+    first = values.argmax(1)[:, None] == np.arange(values.shape[1])
+    log_mass = np.where(alive, np.log1p(np.where(first, 0.0, power).sum(1)), 0.0)
+    p = np.where(kept, power * np.exp(-log_mass)[:, None], 0.0)
+    log_p = np.where(kept, values - top[:, None] - log_mass[:, None], 0.0)
     entropy = _times(p, -log_p).sum(1)
     hit = (np.arange(values.shape[1]) == head.ids[:, None]) & alive[:, None]
     log_prob = np.where(hit & ~kept, -np.inf, _times(hit, log_p)).sum(1)
@@ -362,7 +361,7 @@ def linear_softmax_statistics(
     finite = alive & np.isfinite(values.max(1))
     return LinearStatistics(
         log_prob.reshape(shape),
-        np.where(alive, top + np.log(total[:, 0]), 0.0).reshape(shape),
+        np.where(alive, top + log_mass, 0.0).reshape(shape),
         entropy.reshape(shape),
         np.where(finite, values.argmax(1), -1).reshape(shape),
         *_pulled_back(head, np.where(kept, slope, 0.0), np.shape(hidden)),

@@ -50,13 +50,13 @@ class LinearTerms(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def linear_terms(config: TermsConfig, rows: Rows, layer: Layer) -> LinearTerms:
     """Returns the terms of every row, from blocks of classes."""
-    hidden = kept_hidden(rows)
+    rows = rows._replace(hidden=kept_hidden(rows))
 
     def statistics_of(index: jax.Array) -> BlockStatistics:
-        block = _block(config, hidden, rows.keep, layer, index)
+        block = _block(config, rows, layer, index)
         statistics = _block_statistics.block_statistics(
             block.inputs,
-            rows.labels - block.start,
+            block.labels,
             block.part.class_weights,
             spread=config.spread,
             entropy=config.entropy,
@@ -116,19 +116,14 @@ def _slice(config: TermsConfig, classes: int, index: jax.Array, array: Any) -> A
 
 class _Block(NamedTuple):
     start: jax.Array  # the id of the first class
+    labels: jax.Array  # relative to it, −1 where the label is not counted here
     part: Layer
     linear: jax.Array  # the product with the kernel
     inputs: Masked  # the logits and what counts of them
 
 
-def _block(
-    config: TermsConfig,
-    hidden: jax.Array,
-    keep: jax.Array | None,
-    layer: Layer,
-    index: jax.Array,
-) -> _Block:
-    """Returns a block of classes with its logits.
+def _block(config: TermsConfig, rows: Rows, layer: Layer, index: jax.Array) -> _Block:
+    """Returns a block of classes with its logits, of rows that are 0 where dropped.
 
     The last block overlaps the one before it, whose classes it does not count again.
     """
@@ -143,12 +138,13 @@ def _block(
         take(layer.class_weights),
     )
     mask = part.class_mask
-    linear = product(hidden, part.kernel.astype(hidden.dtype))
+    linear = product(rows.hidden, part.kernel.astype(rows.hidden.dtype))
     logits = capped(linear, part.bias, part.softcap)
+    labels = jnp.where(rows.labels >= index * size, rows.labels - start, -1)
     if classes % size:
         fresh = start + jnp.arange(size, dtype=jnp.int32)[None] >= index * size
         mask = fresh if mask is None else mask & fresh
-    return _Block(start, part, linear, Masked(logits, mask, keep))
+    return _Block(start, labels, part, linear, Masked(logits, mask, rows.keep))
 
 
 @functools.partial(linear_terms.defjvp, symbolic_zeros=True)
@@ -162,13 +158,13 @@ def _linear_terms_jvp(
         tangents,
         is_leaf=lambda t: isinstance(t, jax.custom_derivatives.SymbolicZero),
     )
-    hidden = kept_hidden(rows)
     hidden_dot = rows_dot.hidden
     if hidden_dot is not None:
         # In float32, so that reverse mode adds the blocks up in float32.
         hidden_dot = kept_hidden(rows._replace(hidden=hidden_dot))
         hidden_dot = hidden_dot.astype(terms.label.loss.dtype)
-    dot = _terms_dot(config, hidden, hidden_dot, rows, layer, layer_dot, terms)
+    rows = rows._replace(hidden=kept_hidden(rows))
+    dot = _terms_dot(config, rows, hidden_dot, layer, layer_dot, terms)
     return terms, LinearTerms(
         LabelTerms(dot.label.loss, dot.label.spread, dot.label.log_normalizer),
         dot.entropy,
@@ -191,9 +187,8 @@ class _TermsDot(NamedTuple):
 
 def _terms_dot(
     config: TermsConfig,
-    hidden: jax.Array,
-    hidden_dot: jax.Array | None,
     rows: Rows,
+    hidden_dot: jax.Array | None,
     layer: Layer,
     layer_dot: Layer,
     terms: LinearTerms,
@@ -205,7 +200,7 @@ def _terms_dot(
     label_config = LabelConfig(-1, config.spread, normalizer=True)
 
     def step(total: _TermsDot, index: jax.Array) -> tuple[_TermsDot, None]:
-        block = _block(config, hidden, rows.keep, layer, index)
+        block = _block(config, rows, layer, index)
         take = functools.partial(_slice, config, classes, index)
         part_dot = Layer(
             take(layer_dot.kernel),
@@ -214,11 +209,11 @@ def _terms_dot(
             None,
             take(layer_dot.class_weights),
         )
-        logits_dot = _logits_dot(hidden, hidden_dot, block, part_dot)
+        logits_dot = _logits_dot(rows.hidden, hidden_dot, block, part_dot)
         label = _label_terms.label_terms_dot(
             label_config,
             block.inputs,
-            rows.labels - block.start,
+            block.labels,
             block.part.class_weights,
             weight,
             statistics,
