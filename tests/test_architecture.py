@@ -15,8 +15,8 @@ PACKAGE = pathlib.Path(xent_jax.__file__).parent
 LAYERS = [
     {"_checks", "_class_reductions"},
     {"_numerics"},
-    {"_arguments", "_terms"},
-    {"_softmax", "_sigmoid", "_probabilities", "_mean"},
+    {"_arguments", "_terms", "_balancing"},
+    {"_softmax", "_sigmoid", "_probabilities", "_mean", "_sinkhorn"},
     {"__init__"},
     {"_laws"},
     {"testing"},
