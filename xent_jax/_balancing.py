@@ -92,8 +92,10 @@ def solve(
         carry: tuple[Potentials, jax.Array], _: None
     ) -> tuple[tuple[Potentials, jax.Array], None]:
         potentials, done = carry
-        # The collective stays outside; where done, its operand is of no account.
-        local = jax.lax.cond(done, lambda _: problem.prior, sums, potentials)
+        # The collective stays outside: a shard never waits for one that has left.
+        local = jax.lax.cond(
+            done, functools.partial(_no_sums, pivots), sums, potentials
+        )
         moved, error = update(potentials, local)
         done |= error < tol
         kept = jax.tree.map(lambda old, new: jnp.where(done, old, new), carry[0], moved)
@@ -183,6 +185,12 @@ def _column_sums(problem: Problem, potentials: Potentials, pivots: Pivots) -> ja
     if problem.counted is not None:
         weights = jnp.where(problem.counted, weights, 0)
     return jnp.sum(powers * weights, axis=0, keepdims=True)
+
+
+def _no_sums(pivots: Pivots, potentials: Potentials) -> jax.Array:
+    """Returns ones that are sharded, and vary over mesh axes, as column sums do."""
+    of_rows = jnp.max(pivots.largest, keepdims=True, initial=-jnp.inf)
+    return jnp.where(of_rows == potentials.high, jnp.ones_like(of_rows), 1)
 
 
 def _targets(problem: Problem, potentials: Potentials, pivots: Pivots) -> jax.Array:
