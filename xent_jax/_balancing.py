@@ -19,13 +19,13 @@ that leaves small numbers: see `_powers`.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from xent_jax import _numerics
-from xent_jax._numerics import Masked
+from xent_jax._numerics import two_sum
 
 AxisName = str | tuple[str, ...] | None
 
@@ -39,10 +39,10 @@ _fixed = jax.lax.stop_gradient
 class Problem(NamedTuple):
     """What the iterations have in common. N rows are samples, K columns prototypes."""
 
-    scores: Masked  # [N, K] of any floating dtype, and the rows to keep
-    counted: jax.Array | None  # bool[N, 1]; the rows to keep, or all if that is none
-    prior: jax.Array  # [1, K], positive, of sum 1, in the accumulation dtype
-    epsilon: jax.Array  # in the accumulation dtype
+    scores: jax.Array  # [N, K], 0 in rows that do not count
+    counted: jax.Array | None  # bool[N, 1], somewhere True
+    prior: jax.Array  # [1, K], positive, of sum 1
+    epsilon: jax.Array
 
 
 class Potentials(NamedTuple):
@@ -62,6 +62,7 @@ class Pivots(NamedTuple):
     high: jax.Array
 
 
+@functools.partial(jax.jit, static_argnames=("num_iters", "batch_axis_name"))
 def solve(
     problem: Problem,
     num_iters: int,
@@ -69,6 +70,8 @@ def solve(
     batch_axis_name: AxisName,
 ) -> jax.Array:
     """Returns the targets, [N, K], after `num_iters` iterations or balance to `tol`.
+
+    All arrays are of one dtype, that of the computation.
 
     Reverse mode keeps the scores, a pivot a row, and the potentials of every iteration.
     """
@@ -125,13 +128,13 @@ def _first(batch_axis_name: AxisName, problem: Problem) -> Potentials:
 
     Without the logarithm of N, which is common to all and so without effect.
     """
-    scores = _numerics.masked(problem.scores)
+    scores = problem.scores
     if problem.counted is not None:
         scores = jnp.where(problem.counted, scores, -jnp.inf)
     top = jnp.max(_fixed(scores), axis=0, keepdims=True, initial=-jnp.inf)
     if batch_axis_name is not None:
         top = jax.lax.pmax(top, batch_axis_name)
-    powers = jnp.exp((scores - top) / problem.epsilon)
+    powers = _exponential(scores - top, problem.epsilon)
     mass = psum(jnp.sum(powers, axis=0, keepdims=True), batch_axis_name)
     start = Potentials(top, jnp.zeros_like(top))
     return _moved(start, jnp.log(mass / problem.prior), problem.epsilon)
@@ -144,13 +147,21 @@ def _moved(potentials: Potentials, steps: jax.Array, epsilon: jax.Array) -> Pote
     # place, and not in another that computes the same number again, so that the two
     # numbers would differ by an ulp that belongs in `low`.
     step = jnp.where(jnp.isfinite(steps), epsilon * steps, steps)
-    return Potentials(*_numerics.two_sum(potentials.high, step + potentials.low))
+    return Potentials(*two_sum(potentials.high, step + potentials.low))
+
+
+def _exponential(difference: jax.Array, epsilon: jax.Array) -> jax.Array:
+    """Returns exp(difference/ε), and 0 with derivatives of 0 where that underflows.
+
+    So −inf does not get into the derivative by ε, which would be 0·inf.
+    """
+    lowest = 2 * math.log(jnp.finfo(difference.dtype).tiny) * _fixed(epsilon)
+    return jnp.exp(jnp.maximum(difference, lowest) * (1 / epsilon))
 
 
 def _largest(problem: Problem, high: jax.Array) -> jax.Array:
     """Returns the largest `scores − high` of every row."""
-    difference = _numerics.masked(problem.scores) - high
-    return jnp.max(_fixed(difference), axis=-1, keepdims=True)
+    return jnp.max(_fixed(problem.scores) - high, axis=-1, keepdims=True)
 
 
 def _powers(problem: Problem, potentials: Potentials, pivots: Pivots) -> jax.Array:
@@ -174,8 +185,7 @@ def _powers(problem: Problem, potentials: Potentials, pivots: Pivots) -> jax.Arr
     coarse = (potentials.high + grid) - grid
     rest = (potentials.high - coarse) + potentials.low
     exact = coarse + ((largest + grid) - grid)
-    scores = _numerics.masked(problem.scores)
-    return jnp.exp(((scores - exact) - rest) * (1 / problem.epsilon))
+    return _exponential((problem.scores - exact) - rest, problem.epsilon)
 
 
 def _column_sums(problem: Problem, potentials: Potentials, pivots: Pivots) -> jax.Array:
@@ -194,7 +204,6 @@ def _no_sums(pivots: Pivots, potentials: Potentials) -> jax.Array:
 
 
 def _targets(problem: Problem, potentials: Potentials, pivots: Pivots) -> jax.Array:
-    """Returns the targets, [N, K], 0 in rows that are dropped."""
+    """Returns the targets, [N, K]."""
     powers = _powers(problem, potentials, pivots)
-    targets = powers / jnp.sum(powers, axis=-1, keepdims=True)
-    return _numerics.zero_where_dropped(targets, problem.scores)
+    return powers / jnp.sum(powers, axis=-1, keepdims=True)

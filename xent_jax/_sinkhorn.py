@@ -40,8 +40,8 @@ def sinkhorn_targets(
     after 3 iterations and need 10 to 20 for 1 %.
 
     Cost: an iteration reads the scores and computes N·K exponentials; all that it
-    carries on is K potentials. The gradient keeps the scores and the potentials of
-    every iteration, not Q, and repeats the iteration.
+    carries on is K potentials. The gradient keeps the scores, in the dtype of the
+    computation, and the potentials of every iteration, not Q, and repeats it.
 
     Args:
       scores: `float[N, K]`. Similarities of N samples and K prototypes, in the units of
@@ -227,14 +227,16 @@ def _targets(
         tol = jnp.asarray(tol).astype(dtype)
     rows = _arguments.read_mask(function, where, array.shape[:1], "one a sample")
     keep = None if rows is None else rows[:, None]
+    inputs = Masked(array, None, keep)
     problem = Problem(
-        scores=Masked(array, None, keep),
+        scores=_numerics.masked(inputs),
         counted=None if keep is None else _counted(keep, batch_axis_name),
         prior=_read_prior(function, prior, array.shape[1], dtype),
         epsilon=jnp.asarray(epsilon).astype(dtype),
     )
     count = _read_count(function, num_iters)
-    return _balancing.solve(problem, count, tol, batch_axis_name)
+    targets = _balancing.solve(problem, count, tol, batch_axis_name)
+    return _numerics.zero_where_dropped(targets, inputs)
 
 
 def _read_count(function: str, num_iters: int) -> int:

@@ -32,6 +32,20 @@ ALL_CASES = (
         ("targets",),
         passes=3,
     ),
+    Case(
+        "sinkhorn-targets",
+        xent_jax.sinkhorn_targets,
+        lambda x, keep: xent_jax.sinkhorn_targets(x, where=keep, tol=1e-3) ** 2,
+        ("row mask",),
+        passes=0,  # not asked here
+    ),
+    Case(
+        "sinkhorn-cross-entropy",
+        xent_jax.sinkhorn_cross_entropy,
+        lambda x, s: xent_jax.sinkhorn_cross_entropy(x, s, temperature=0.1),
+        ("targets",),
+        passes=0,
+    ),
 )
 
 # The options of a function only matter to its own values.
