@@ -41,10 +41,10 @@ def run(
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(folders),
     }
+    command = [sys.executable, "-c", PREAMBLE + program, address, str(processes)]
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", PREAMBLE + program]
-            + [address, str(processes), str(index), str(devices)],
+            [*command, str(index), str(devices)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

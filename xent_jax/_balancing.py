@@ -92,7 +92,7 @@ def solve(
         return update(potentials, sums(potentials))[0], None
 
     def until_balanced(
-        carry: tuple[Potentials, jax.Array], _: None
+        tol: jax.Array, carry: tuple[Potentials, jax.Array], _: None
     ) -> tuple[tuple[Potentials, jax.Array], None]:
         potentials, done = carry
         # The collective stays outside: a shard never waits for one that has left.
@@ -106,13 +106,14 @@ def solve(
 
     steps = num_iters - 1
     if tol is None:
-        always = jax.checkpoint(always, prevent_cse=False)
-        potentials, _ = jax.lax.scan(always, start, length=steps)
+        step = jax.checkpoint(always, prevent_cse=False)
+        potentials, _ = jax.lax.scan(step, start, length=steps)
     else:
         # Where a potential is NaN, nothing is left to do.
         carry = start, jnp.any(jnp.isnan(start.high))
-        until_balanced = jax.checkpoint(until_balanced, prevent_cse=False)
-        (potentials, _), _ = jax.lax.scan(until_balanced, carry, length=steps)
+        step = functools.partial(until_balanced, tol)
+        step = jax.checkpoint(step, prevent_cse=False)
+        (potentials, _), _ = jax.lax.scan(step, carry, length=steps)
     return jax.checkpoint(_targets)(problem, potentials, pivots)
 
 
