@@ -221,10 +221,10 @@ def test_forbidden_pairs(rng):
     assert np.all(np.isfinite(gradient))
     with np.errstate(invalid="ignore"):
         slope_of_truth = differences(
-            lambda e: np.vdot(oracle.sinkhorn_targets(scores, epsilon=e), weights),
-            0.05,
+            lambda e: np.vdot(oracle.sinkhorn_targets(scores, epsilon=e[0]), weights),
+            [0.05],
         )
-    np.testing.assert_allclose(by_epsilon, slope_of_truth, rtol=1e-4)
+    np.testing.assert_allclose([by_epsilon], slope_of_truth, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tol", [None, 1e-3])
@@ -410,7 +410,7 @@ def test_memory_of_the_gradient_does_not_grow_with_the_iterations(tol):
     few, many = temporary(4), temporary(104)
     array = 4 * samples * prototypes
     assert few <= 7 * array
-    # Two numbers a prototype, and a flag: no array a sample.
+    # Two numbers a prototype: nothing that grows with the samples.
     assert many - few <= 100 * (2 * 4 * prototypes + 64)
 
 
