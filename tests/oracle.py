@@ -435,6 +435,46 @@ def softmax(logits: Any) -> np.ndarray:
     return e / e.sum(axis=-1, keepdims=True)
 
 
+def sinkhorn_targets(
+    scores: Any,
+    *,
+    epsilon: float = 0.05,
+    num_iters: int = 3,
+    where: Any = None,
+    prior: Any = None,
+) -> np.ndarray:
+    """exp(scores/ε), its columns and then its rows normalised, on logarithms."""
+    scores = np.asarray(scores).astype(np.float64)
+    keep = np.ones(len(scores), bool) if where is None else np.asarray(where)
+    log_targets = scores[keep] / float(epsilon)
+    size = scores.shape[1]
+    prior = np.ones(size) if prior is None else np.asarray(prior).astype(np.float64)
+    share = np.log(len(log_targets) * prior / prior.sum())
+    for _ in range(num_iters):
+        log_targets = log_targets + (share - _log_sum_exp(log_targets, 0))
+        log_targets = log_targets - _log_sum_exp(log_targets, 1)
+    targets = np.zeros(scores.shape)
+    targets[keep] = np.exp(log_targets)
+    return targets
+
+
+def _log_sum_exp(values: np.ndarray, axis: int) -> np.ndarray:
+    top = values.max(axis, keepdims=True)
+    return top + np.log(np.exp(values - top).sum(axis, keepdims=True))
+
+
+def sinkhorn_cross_entropy(
+    logits: Any, scores: Any, *, temperature: float = 1.0, **options: Any
+) -> Loss:
+    """The loss of dense targets, which are constants; dropped rows are 0."""
+    targets = sinkhorn_targets(scores, **options)
+    keep = options.get("where")
+    keep = np.ones(len(targets), bool) if keep is None else np.asarray(keep)
+    logits = np.where(keep[:, None], np.asarray(logits).astype(np.float64), 0)
+    loss = softmax_cross_entropy(logits / float(temperature), targets, where=keep)
+    return Loss(loss.value, loss.gradient / float(temperature))
+
+
 def exact_softmax_cross_entropy(
     logits: Any, targets: Any, *, z_loss: float = 0.0
 ) -> tuple[np.ndarray, np.ndarray]:

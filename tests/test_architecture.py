@@ -15,10 +15,10 @@ PACKAGE = pathlib.Path(xent_jax.__file__).parent
 LAYERS = [
     {"_checks", "_class_reductions", "_blocks"},
     {"_numerics"},
-    {"_arguments", "_label_terms", "_target_terms", "_layer"},
+    {"_arguments", "_label_terms", "_target_terms", "_layer", "_balancing"},
     {"_block_statistics", "_linear_arguments", "_linear_sum"},
     {"_linear_terms"},
-    {"_softmax", "_sigmoid", "_probabilities", "_mean", "_linear"},
+    {"_softmax", "_sigmoid", "_probabilities", "_mean", "_linear", "_sinkhorn"},
     {"__init__"},
     {"_laws"},
     {"testing"},

@@ -13,6 +13,8 @@ INTEGER = "softmax_cross_entropy_with_integer_labels"
 DENSE = "softmax_cross_entropy"
 SIGMOID = "sigmoid_binary_cross_entropy"
 LINEARIZED = "linearized_softmax_cross_entropy"
+SINKHORN = "sinkhorn_targets"
+SINKHORN_LOSS = "sinkhorn_cross_entropy"
 LOGITS = np.zeros((5, 3), np.float32)
 IDS = np.zeros(5, np.int32)
 SAME = "labels must have shape (5, 3) (that of logits), got "
@@ -87,6 +89,28 @@ VALUES = [
      "lie in (0, 0.5), got 0.5."),
     ("binary_cross_entropy", [LOGITS, LOGITS], {"epsilon": 0}, "epsilon must lie in "
      "(0, 0.5), got 0."),
+    (SINKHORN, [LOGITS], {"epsilon": 0.0}, "epsilon must lie in (0, inf), got 0.0."),
+    (SINKHORN, [LOGITS], {"epsilon": -0.05}, "epsilon must lie in (0, inf), got "
+     "-0.05."),
+    (SINKHORN, [LOGITS], {"epsilon": float("nan")}, "epsilon must lie in (0, inf), got "
+     "nan."),
+    (SINKHORN, [LOGITS], {"num_iters": 0}, "num_iters must be at least 1, got 0."),
+    (SINKHORN, [LOGITS], {"num_iters": -3}, "num_iters must be at least 1, got -3."),
+    (SINKHORN, [LOGITS], {"tol": -1e-3}, "tol must lie in [0, inf), got -0.001."),
+    (SINKHORN, [LOGITS], {"prior": np.array([1, 0, 2])}, "prior must be positive and "
+     "finite, got 0.0."),
+    (SINKHORN, [LOGITS], {"prior": [1.0, 2.0, -1.0]}, "prior must be positive and "
+     "finite, got -1.0."),
+    (SINKHORN, [LOGITS], {"prior": np.array([1, np.inf, 2])}, "prior must be positive "
+     "and finite, got inf."),
+    (SINKHORN, [LOGITS], {"prior": jnp.array([1, jnp.nan, 2])}, "prior must be "
+     "positive and finite, got nan."),
+    (SINKHORN_LOSS, [LOGITS, LOGITS], {"temperature": 0}, "temperature must lie in (0, "
+     "inf), got 0."),
+    (SINKHORN_LOSS, [LOGITS, LOGITS], {"temperature": -1.0}, "temperature must lie in "
+     "(0, inf), got -1.0."),
+    (SINKHORN_LOSS, [LOGITS, LOGITS], {"epsilon": 0}, "epsilon must lie in (0, inf), "
+     "got 0."),
 ]  # fmt: skip
 
 TYPES = [

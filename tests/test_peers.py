@@ -19,6 +19,7 @@ from xent_jax import (
     categorical_cross_entropy,
     nll_loss,
     sigmoid_binary_cross_entropy,
+    sinkhorn_targets,
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels,
     weighted_mean,
@@ -977,3 +978,26 @@ class TestOnnx:
         definition = onnx_softmax if softmax else onnx_nll
         ours = definition(inputs, labels, weights, reduction, ignored)
         np.testing.assert_allclose(value, ours, rtol=1e-5, atol=2e-6)
+
+
+class TestOtt:
+    """Optimal transport to convergence: there the two must be the same plan."""
+
+    @pytest.mark.parametrize("epsilon", [0.5, 0.05])
+    @pytest.mark.parametrize("uniform", [True, False])
+    def test_converged_plan(self, epsilon, uniform) -> None:
+        geometry = importable("ott.geometry.geometry")
+        linear = importable("ott.solvers.linear")
+        rng = np.random.default_rng(5)
+        costs = rng.random((64, 16)).astype(np.float32) ** 1.5
+        prior = np.ones(16) if uniform else rng.uniform(0.5, 2, 16)
+        prior = (prior / prior.sum()).astype(np.float32)
+        cost_geometry = geometry.Geometry(cost_matrix=costs, epsilon=epsilon)
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            plan = linear.solve(
+                cost_geometry, b=jnp.asarray(prior), threshold=1e-6, max_iterations=2000
+            ).matrix
+        targets = sinkhorn_targets(
+            -costs, epsilon=epsilon, num_iters=500, tol=1e-6, prior=prior
+        )
+        np.testing.assert_allclose(targets / 64, plan, atol=1e-6)

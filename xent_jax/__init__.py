@@ -19,6 +19,7 @@ from xent_jax._probabilities import (
     nll_loss,
 )
 from xent_jax._sigmoid import sigmoid_binary_cross_entropy
+from xent_jax._sinkhorn import sinkhorn_cross_entropy, sinkhorn_targets
 from xent_jax._softmax import (
     linearized_softmax_cross_entropy,
     softmax_cross_entropy,
@@ -41,6 +42,8 @@ __all__ = [
     "linearized_softmax_cross_entropy",
     "nll_loss",
     "sigmoid_binary_cross_entropy",
+    "sinkhorn_cross_entropy",
+    "sinkhorn_targets",
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",
     "weighted_mean",

@@ -42,6 +42,18 @@ ALL_CASES = (
     *CASES,
     *LINEAR_CASES,
     Case("weighted-mean", xent_jax.weighted_mean, xent_jax.weighted_mean, ("targets",)),
+    Case(
+        "sinkhorn-targets",
+        xent_jax.sinkhorn_targets,
+        lambda x, keep: xent_jax.sinkhorn_targets(x, where=keep, tol=1e-3) ** 2,
+        ("row mask",),
+    ),
+    Case(
+        "sinkhorn-cross-entropy",
+        xent_jax.sinkhorn_cross_entropy,
+        lambda x, s: xent_jax.sinkhorn_cross_entropy(x, s, temperature=0.1),
+        ("targets",),
+    ),
 )
 
 # The options of a function only matter to its own values, but those of the linear head
