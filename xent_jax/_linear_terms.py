@@ -199,7 +199,9 @@ def _terms_dot(
     weight = class_total(layer, terms.label.loss.dtype) if config.spread else None
     label_config = LabelConfig(-1, config.spread, normalizer=True)
 
-    def step(total: _TermsDot, index: jax.Array) -> tuple[_TermsDot, None]:
+    def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
+        total, dots = carry
+        hidden_dot, layer_dot = dots
         block = _block(config, rows, layer, index)
         take = functools.partial(_slice, config, classes, index)
         part_dot = Layer(
@@ -223,7 +225,8 @@ def _terms_dot(
         entropy = None
         if terms.entropy is not None:
             entropy = _entropy_dot(block.inputs, statistics, terms.entropy, logits_dot)
-        return jax.tree.map(jnp.add, total, _TermsDot(label, entropy)), None
+        total = jax.tree.map(jnp.add, total, _TermsDot(label, entropy))
+        return (total, dots), None
 
     loss = terms.label.loss
     zero = zeros(loss.shape, loss.dtype, (rows, layer))
@@ -232,7 +235,11 @@ def _terms_dot(
         zero if config.entropy else None,
     )
     step = jax.checkpoint(step, prevent_cse=False)
-    return jax.lax.scan(step, nothing, _indices(config, layer))[0]
+    # The tangents are carried along: jax 0.7.2 does not transpose a scan whose rule
+    # was written by hand and that has them as constants.
+    start = nothing, (hidden_dot, layer_dot)
+    (total, _), _ = jax.lax.scan(step, start, _indices(config, layer))
+    return total
 
 
 def _logits_dot(

@@ -32,6 +32,8 @@ _FREE = frozenset(
     }
 )
 _CONTROL_FLOW = frozenset({"call", "conditional", "while"})
+# Inside a fusion: the same values by another name, or in another order of the memory.
+_RENAMES = frozenset({"bitcast", "copy"})
 _SLICES = frozenset({"slice", "dynamic-slice", "gather"})
 _ASYNC_COPIES = frozenset({"copy-start", "slice-start", "dynamic-slice-start"})
 
@@ -277,11 +279,15 @@ class Module:
                     total += user.bytes
                 elif user.opcode == "dynamic-update-slice" and index == 0:
                     continue
-                elif user.opcode == "bitcast":
+                elif user.opcode in _RENAMES:
                     total += self._read(user, fused)
                 elif user.opcode == "fusion":
                     inner = self.computations[user.called("calls")]
-                    total += self._read(_parameter(inner, index), inner)
+                    parameter = _parameter(inner, index)
+                    if _renamed(inner) == parameter:
+                        total += self._read(user, fused)
+                    else:
+                        total += self._read(parameter, inner)
                 else:
                     return source.bytes
         return min(total, source.bytes)
@@ -418,6 +424,14 @@ def _parameter(fused: Computation, index: int) -> Instruction:
         for instruction in fused.values()
         if instruction.opcode == "parameter" and instruction.arguments == str(index)
     )
+
+
+def _renamed(fused: Computation) -> Instruction:
+    """What the result of a fused computation is another name of, itself if nothing."""
+    result = next(inner for inner in fused.values() if inner.is_root)
+    while result.opcode in _RENAMES:
+        result = fused[result.operands[0]]
+    return result
 
 
 def _branches(conditional: Instruction) -> list[str]:

@@ -149,6 +149,28 @@ def test_a_value_that_a_nested_fusion_hands_on_is_read_whole():
     assert module.traffic == 2 * 4096
 
 
+def test_a_slice_of_what_a_nested_fusion_hands_on_is_a_slice_too():
+    module = program(
+        [
+            "%a = f32[64,128]{1,0:T(16,128)} parameter(0)",
+            "%i = s32[] parameter(1)",
+            f"ROOT %fused = {KIB4} fusion(%a, %i), kind=kLoop, calls=%outside",
+        ],
+        """%retiled (p: f32[64,128]) -> f32[64,128] {
+  %p = f32[64,128]{1,0:T(16,128)} parameter(0)
+  ROOT %copy = f32[64,128]{1,0:T(8,128)} copy(%p)
+}""",
+        """%outside (p: f32[64,128], i: s32[]) -> f32[8,128] {
+  %p = f32[64,128]{1,0:T(16,128)} parameter(0)
+  %i = s32[] parameter(1)
+  %nested = f32[64,128]{1,0:T(8,128)} fusion(%p), kind=kLoop, calls=%retiled
+  %slice = f32[8,128]{1,0} dynamic-slice(%nested, %i, %i), dynamic_slice_sizes={8,128}
+  ROOT %exp = f32[8,128]{1,0} exponential(%slice)
+}""",
+    )
+    assert module.traffic == 2 * 4096 + 4
+
+
 def test_an_update_in_place_writes_the_update():
     module = program(
         [
