@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Smaller tiles leave the matrix units idle, or re-read what they multiply too often.
 _ROW_TILE_BYTES = 64 * 2**20
 _CLASS_TILE_BYTES = 32 * 2**20
-_FEWEST_CLASSES = 1024
+_MOST_ROWS = 1024
+_FEWEST_CLASSES = 2048
 _LANES = 128
 _SUBLANES = 8
 
@@ -21,20 +21,19 @@ _SUBLANES = 8
 def rows_per_block(rows: int, features: int, classes: int, itemsize: int) -> int:
     """Returns how many rows a block of a scalar reduction has.
 
-    Every block reads the kernel and adds to its gradient once, so a block should have
-    many rows; its tile of logits should stay small beside that gradient. In bytes, the
-    tile is a sixteenth of all logits, but between a half of the kernel's gradient
-    and the whole of it, and 64 MiB at least.
+    A block of R rows reads the kernel and adds to its gradient once, so it moves about
+    12·D·V bytes for 6·R·D·V operations. At 1024 rows an accelerator computes as long as
+    it moves; more would cost memory alone. The tile of logits takes half as much as the
+    kernel's gradient, then, but not more than 1024 rows do, and 64 MiB at least.
 
     Args:
-      rows: N. A symbolic number counts as few.
+      rows: N, which may be symbolic.
       features: D.
       classes: V.
       itemsize: bytes of a logit.
     """
-    gradient = itemsize * features * classes
-    share = itemsize * rows * classes // 16 if isinstance(rows, int) else 0
-    budget = max(_ROW_TILE_BYTES, min(max(share, gradient // 2), gradient))
+    half = itemsize * features * classes // 2
+    budget = max(_ROW_TILE_BYTES, min(half, itemsize * _MOST_ROWS * classes))
     most = _whole(budget // (itemsize * classes))
     return _balanced(rows, most, _SUBLANES) if isinstance(rows, int) else most
 
@@ -42,7 +41,7 @@ def rows_per_block(rows: int, features: int, classes: int, itemsize: int) -> int
 def classes_per_block(rows: int, classes: int, itemsize: int) -> int:
     """Returns how many classes a block of a result per row has.
 
-    The tile of logits takes 32 MiB, or has 1024 classes where that is more.
+    The tile of logits takes 32 MiB, or has 2048 classes where that is more.
 
     Args:
       rows: N. A symbolic number counts as many.

@@ -52,10 +52,10 @@ def linear_softmax_cross_entropy(
       4 matmuls, 1 for the value. It reads the kernel once a pass and keeps a few
       numbers a row, so it takes the least memory.
 
-    Memory: a block of the first form holds a sixteenth of all logits, but at least a
-    half of the kernel's size and at most the whole of it (in float32), and at least
-    64 MiB. A block of the second form holds 32 MiB of logits, or 1024 classes where
-    that is more. `row_block` and `class_block` say otherwise.
+    Memory: a block of the first form holds logits of half the size of the kernel (in
+    float32), but not of more than 1024 rows, and at least 64 MiB. A block of the second
+    form holds 32 MiB of logits, or 2048 classes where that is more. `row_block` and
+    `class_block` say otherwise.
 
     The matmuls run in the dtype of `hidden` and accumulate in float32, forward and
     backward; `jax.default_matmul_precision` applies. A kernel of another dtype is cast:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from xent_jax import _block_statistics, _label_terms, _numerics
 from xent_jax._block_statistics import BlockStatistics
@@ -168,16 +167,9 @@ def _linear_terms_jvp(
     return terms, LinearTerms(
         LabelTerms(dot.label.loss, dot.label.spread, dot.label.log_normalizer),
         dot.entropy,
-        _no_tangent(terms.prediction),
+        jax.tree.map(jax.custom_derivatives.zero_from_primal, terms.prediction),
         _label_terms.statistics_dot(terms.statistics, dot.label),
     )
-
-
-def _no_tangent(integers: jax.Array | None) -> Any:
-    """Returns what JAX takes for the tangent of integers."""
-    if integers is None:
-        return None
-    return np.zeros(integers.shape, jax.dtypes.float0)
 
 
 class _TermsDot(NamedTuple):

@@ -1,0 +1,198 @@
+"""The fused linear head: calls to compile, and what their programs may cost.
+
+Costs are stated for the head of a model with 128256 classes, and the unit of work is
+one matrix product of the size of the layer: the layer itself is one, its two gradients
+are one each. A scalar loss should take three and hold, beyond its arguments and
+results, the kernel's gradient in float32 and a block of logits. A loss per row should
+take four, since its backward pass makes the logits again, and hold a block of logits.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+import xent_jax
+from aot.cases import Case, Shape, mean
+from aot.compilers import Compiled
+from aot.contracts import MEBIBYTE
+
+_head = xent_jax.linear_softmax_cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of a head: rows of features that become rows of classes."""
+
+    rows: int
+    features: int
+    classes: int
+
+    @property
+    def matmul_flops(self) -> int:
+        """The work of one matrix product, the layer's."""
+        return 2 * self.rows * self.features * self.classes
+
+    @property
+    def kernel_bytes(self) -> int:
+        """The size of a bfloat16 kernel."""
+        return 2 * self.features * self.classes
+
+    @property
+    def hidden_bytes(self) -> int:
+        """The size of the features in bfloat16."""
+        return 2 * self.rows * self.features
+
+    def scalar_bytes(self, row_block: int) -> float:
+        """What a scalar loss may hold: with a tenth for all else, the kernel's gradient
+        and the logits of a block in float32.
+        """
+        return 1.1 * 4 * (self.features + row_block) * self.classes
+
+
+# 8192 tokens through the head of Llama 3.2 1B: 4 GB of float32 logits.
+LLAMA = Sizes(8192, 2048, 128256)
+LONG = dataclasses.replace(LLAMA, rows=32768)
+# The vocabulary of GPT-2, and as many rows, divide by nothing.
+ODD = Sizes(1000, 768, 50257)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearCase(Case):
+    """A function of a linear head.
+
+    Attributes:
+      features: the width of the rows.
+      kernel_dtype: of the kernel; `None` for the dtype of the features.
+    """
+
+    features: int = LLAMA.features
+    kernel_dtype: DTypeLike | None = None
+
+    def inputs(
+        self, shape: Shape, dtype: DTypeLike
+    ) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """The features and the kernel that make logits of the given shape."""
+        rows, classes = shape
+        kernel_dtype = dtype if self.kernel_dtype is None else self.kernel_dtype
+        return (
+            jax.ShapeDtypeStruct((rows, self.features), dtype),
+            jax.ShapeDtypeStruct((self.features, classes), kernel_dtype),
+        )
+
+
+# Each option with the kinds of the arrays and the numbers that it takes.
+OPTIONS: Mapping[str, tuple[Mapping[str, str], Mapping[str, float]]] = {
+    "plain": ({}, {}),
+    "where": ({"where": "row mask"}, {}),
+    "weights": ({"weights": "row weights"}, {}),
+    "bias": ({"bias": "class weights"}, {}),
+    "softcap": ({}, {"softcap": 30.0}),
+    "class-weights": ({"class_weights": "class weights"}, {}),
+    "smoothing-z-loss": ({}, {"label_smoothing": 0.1, "z_loss": 1e-4}),
+    "class-mask": ({"class_mask": "class mask"}, {}),
+}
+_EVERY = (
+    {name: kind for arrays, _ in OPTIONS.values() for name, kind in arrays.items()},
+    {name: value for _, numbers in OPTIONS.values() for name, value in numbers.items()},
+)
+
+
+def linear_case(reduction: str | None, option: str = "plain", **options: Any) -> Case:
+    """The loss of one form, with a key of `OPTIONS` or "every", and more options."""
+    arrays, numbers = _EVERY if option == "every" else OPTIONS[option]
+
+    def loss(
+        hidden: jax.Array, kernel: jax.Array, labels: jax.Array, *others: jax.Array
+    ) -> jax.Array:
+        named = dict(zip(arrays, others, strict=True))
+        settings = {**named, **numbers, **options}
+        return _head(hidden, kernel, labels, reduction=reduction, **settings)
+
+    name = f"linear-{reduction or 'rows'}-{option}"
+    return LinearCase(name, _head, loss, ("class ids", *arrays.values()))
+
+
+STATISTICS = LinearCase(
+    "linear-statistics",
+    xent_jax.linear_softmax_statistics,
+    xent_jax.linear_softmax_statistics,
+    ("class ids",),
+)
+
+
+def gradient(case: Case, by: int | tuple[int, ...]) -> Callable[..., Any]:
+    """The mean loss and its gradient by the features (0), the kernel (1) or both."""
+    return jax.value_and_grad(lambda *a: mean(case.loss(*a)), by)
+
+
+# What is computed, with the products that a scalar loss and a loss per row take for it.
+PROGRAMS: Mapping[str, tuple[Callable[[Case], Callable[..., Any]], int, int]] = {
+    "value": (lambda case: case.loss, 1, 1),
+    "both-gradients": (lambda case: gradient(case, (0, 1)), 3, 4),
+    "frozen-kernel": (lambda case: gradient(case, 0), 2, 3),
+    "frozen-features": (lambda case: gradient(case, 1), 2, 3),
+}
+
+
+def arguments(
+    case: Case, sizes: Sizes, **changes: Any
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Arguments of bfloat16 features."""
+    case = dataclasses.replace(case, features=sizes.features, **changes)
+    return case.arguments((sizes.rows, sizes.classes), jnp.bfloat16)
+
+
+def check(
+    compiled: Compiled,
+    sizes: Sizes,
+    *,
+    matmuls: int,
+    temp_bytes: float,
+    traffic: float = float("inf"),
+    kernel_padding: int = 0,
+) -> None:
+    """Fails unless a program costs what it should and no more.
+
+    Args:
+      compiled: a head with bfloat16 features.
+      sizes: of the head.
+      matmuls: how many products of the layer's size it should do. Classes that the
+        last block shares with the one before it, or rows that fill it up, may add to
+        them in proportion.
+      temp_bytes: the most memory it may need beyond arguments and results.
+      traffic: the most bytes it may move.
+      kernel_padding: the columns that a compiler may add to a copy of the kernel.
+    """
+    module = compiled.module
+    problems = []
+    done = module.matmul_flops / sizes.matmul_flops
+    if not 0.99 * matmuls <= done <= 1.05 * matmuls:
+        problems.append(f"does {done:.3f} products of the layer's size, not {matmuls}")
+    if module.matmul_dtypes != {("bf16", "bf16")}:
+        problems.append(f"multiplies {sorted(module.matmul_dtypes)}")
+    # Nothing is larger than the larger operand: neither logits nor a padded kernel.
+    largest = sizes.features * max(sizes.rows, sizes.classes + kernel_padding)
+    if written := module.buffers(None, largest + 1):
+        problems.append(f"writes {written}")
+    if compiled.temp_bytes > temp_bytes:
+        problems.append(f"needs {compiled.temp_bytes / MEBIBYTE:.1f} MiB")
+    if module.traffic > traffic:
+        most = module.traffic_by_instruction.most_common(6)
+        problems.append(f"moves {module.traffic / 1e9:.1f} GB: {most}")
+    if "scatter" in module.opcodes:
+        problems.append("scatters")
+    if problems:
+        raise AssertionError("; ".join(problems))
+
+
+def _unfused(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    return jnp.mean(xent_jax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+# The same loss the usual way: a case that must not pass.
+UNFUSED = LinearCase("unfused", _head, _unfused, ("class ids",))
