@@ -138,7 +138,7 @@ def read_class_ids(layout: Layout, labels: ArrayLike, keep: Keep) -> jax.Array:
     if isinstance(labels, np.ndarray) and labels.dtype in (np.int64, np.uint64):
         # Without 64-bit types JAX would keep the low 32 bits of an id.
         inside = (labels >= 0) & (labels < layout.num_classes)
-        labels = np.where(inside, labels, -1).astype(np.int32)
+        labels = np.where(inside, np.where(inside, labels, 0).astype(np.int32), -1)
     ids = _checks.as_array(layout.function, "labels", labels)
     _checks.check_class_ids(layout.function, "labels", ids)
     _checks.check_shape(

@@ -76,8 +76,10 @@ def loop(
     of it, constants of the size of a tile among them, which then are held in memory.
     """
     count = jax.tree.leaves(blocks)[0].shape[0]
+    if isinstance(count, int) and count == 0:
+        return jax.lax.scan(step, start, blocks)
 
-    def block(index: jax.Array) -> Any:
+    def block(index: jax.Array | int) -> Any:
         return jax.tree.map(
             lambda array: jax.lax.dynamic_index_in_dim(array, index, keepdims=False),
             blocks,
@@ -93,10 +95,7 @@ def loop(
         )
         return index + 1, carry, results
 
-    first = jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape[1:], array.dtype), blocks
-    )
-    _, shapes = jax.eval_shape(step, start, first)
+    _, shapes = jax.eval_shape(lambda: step(start, block(0)))
     results = jax.tree.map(
         lambda out: zeros((count, *out.shape), out.dtype, (start, blocks)), shapes
     )
@@ -106,13 +105,18 @@ def loop(
 
 
 def zeros(shape: tuple[int, ...], dtype: jnp.dtype, references: Any) -> jax.Array:
-    """Returns zeros that vary over every mesh axis that a reference varies over.
+    """Returns zeros that vary over every mesh axis that a reference varies over."""
+    return varying(jnp.zeros(shape, dtype), references)
 
-    Inside `jax.shard_map` the carry of a loop has to start as what it becomes. Nothing
-    of a reference gets into the value, a NaN neither, and XLA drops the selection.
+
+def varying(array: jax.Array, references: Any) -> jax.Array:
+    """Returns an array that varies over every mesh axis that a reference varies over.
+
+    Inside `jax.shard_map` the carry of a loop has to start as what it becomes, and the
+    branches of a condition have to agree. Nothing of a reference gets into the value, a
+    NaN neither. XLA drops the selection, and with it the sums: call it under `jit`.
     """
-    array = jnp.zeros(shape, dtype)
     for reference in jax.tree.leaves(references):
-        condition = jnp.sum(jnp.ravel(jax.lax.stop_gradient(reference))[:1]) > 0
+        condition = jnp.sum(jax.lax.stop_gradient(reference)) > 0
         array = jnp.where(condition, array, array)
     return array

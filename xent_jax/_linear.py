@@ -71,6 +71,9 @@ def linear_softmax_cross_entropy(
     * A rematerialisation policy that saves dots, such as
       `jax.checkpoint_policies.dots_saveable`, saves the blocks of logits: leave the
       loss out of it.
+    * With rows sharded over a mesh, use `jax.shard_map` or `reduction=None`: a scalar
+      reduction under plain `jax.jit` gathers the rows of a block. Meshes of Explicit
+      axes need `jax.shard_map`.
     * With a scalar reduction, a block of rows that `where` drops altogether does no
       matmul. That pays where dropped rows lie together, as prompts do in fine-tuning;
       under `jax.vmap` nothing is skipped.

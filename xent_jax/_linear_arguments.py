@@ -73,10 +73,14 @@ def read_head(
         keep = jnp.full(layout.batch_shape, kept) if keep is None else keep & kept
     rows = None if keep is None else layout.rows(keep)
     ids = _arguments.read_class_ids(layout, labels, Keep(None, rows)).reshape(-1, 1)
-    features = features.reshape(-1, features.shape[-1])
+    features = features.reshape(ids.shape[0], features.shape[-1])
     rows = None if rows is None else rows.reshape(-1, 1)
     if weights is not None:
-        finite = jnp.all(jnp.isfinite(features), axis=-1, keepdims=True) & (ids >= 0)
+        if rows is not None:
+            weights = jnp.where(rows, weights, 0)
+        # Larger features could make logits that are not finite.
+        moderate = jnp.abs(features) < float(jnp.finfo(dtype).max) ** 0.5
+        finite = jnp.all(moderate, axis=-1, keepdims=True) & (ids >= 0)
         counted = (weights != 0) | finite
         rows = counted if rows is None else rows & counted
         ids = jnp.where(counted, ids, 0)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from xent_jax import _label_terms
-from xent_jax._blocks import loop, zeros
+from xent_jax._blocks import loop, varying, zeros
 from xent_jax._label_terms import Coefficients, LabelConfig
 from xent_jax._layer import Layer, Rows, capped, kept_hidden, product
 from xent_jax._numerics import accumulation_dtype, unless_zero
@@ -56,6 +56,13 @@ def linear_loss_sum(
       layer: what makes the logits.
       coefficients: [N, 1], in the accumulation dtype.
     """
+    return _value(config, rows, layer, coefficients)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value(
+    config: SumConfig, rows: Rows, layer: Layer, coefficients: Coefficients
+) -> jax.Array:
     dtype = accumulation_dtype(rows.hidden.dtype)
     kernel = layer.kernel.astype(rows.hidden.dtype)
 
@@ -121,9 +128,10 @@ def _linear_loss_sum_jvp(
     rows_dot, layer_dot, coefficients_dot = jax.tree.map(
         unless_zero, tangents, is_leaf=_is_zero
     )
-    dots = _Gradients(
-        rows_dot.hidden, layer_dot.kernel, _small(layer_dot), coefficients_dot
-    )
+    hidden_dot = rows_dot.hidden
+    if hidden_dot is not None:
+        hidden_dot = kept_hidden(primals[0]._replace(hidden=hidden_dot))
+    dots = _Gradients(hidden_dot, layer_dot.kernel, _small(layer_dot), coefficients_dot)
     wanted = _Wanted(
         dots.hidden is not None,
         dots.kernel is not None,
@@ -177,6 +185,7 @@ def _value_and_gradients_jvp(
     )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _scan(
     scan: Any,
     config: SumConfig,
@@ -185,6 +194,12 @@ def _scan(
     layer: Layer,
     coefficients: Coefficients,
 ) -> tuple[jax.Array, _Gradients]:
+    # A gradient by what is the same on all devices of a `shard_map` would be summed
+    # over them here, and once more by the derivative of this function's result.
+    arguments = rows, layer, coefficients
+    rows, layer, coefficients = jax.tree.map(
+        lambda array: varying(array, arguments), arguments
+    )
     dtype = accumulation_dtype(rows.hidden.dtype)
     kernel = layer.kernel.astype(rows.hidden.dtype)
 
@@ -233,7 +248,7 @@ def _scan(
     )
     count = rows.hidden.shape[0]
     hidden_bar, coefficients_bar = jax.tree.map(
-        lambda array: array.reshape(-1, array.shape[-1])[:count], rows_bar
+        lambda array: _joined(array)[:count], rows_bar
     )
     return total, _Gradients(hidden_bar, kernel_bar, small_bar, coefficients_bar)
 
@@ -266,13 +281,23 @@ def _split(size: int, rows: Rows, coefficients: Coefficients) -> _Block:
     return jax.tree.map(split, _Block(rows, coefficients, None))
 
 
+def _joined(blocks: jax.Array) -> jax.Array:
+    """Returns the rows of all blocks as one axis."""
+    count, size, features = blocks.shape
+    return blocks.reshape(count * size, features)
+
+
 def _unless_idle(config: SumConfig, step: Any) -> Any:
     """Returns the step of a scan, left out for a block of dropped rows."""
     if not config.skip:
         return step
 
+    def counted(carry: Any, block: _Block) -> tuple[Any, Any]:
+        carry, result = step(carry, block)
+        return carry, jax.tree.map(lambda array: varying(array, (carry, block)), result)
+
     def idle(carry: Any, block: _Block) -> tuple[Any, Any]:
-        _, shapes = jax.eval_shape(step, carry, block)
+        _, shapes = jax.eval_shape(lambda: step(carry, block))
         nothing = jax.tree.map(
             lambda out: zeros(out.shape, out.dtype, (carry, block)), shapes
         )
@@ -280,6 +305,6 @@ def _unless_idle(config: SumConfig, step: Any) -> Any:
 
     def guarded(carry: Any, block: _Block) -> tuple[Any, Any]:
         counts = jnp.any(jnp.asarray(block.rows.keep))
-        return jax.lax.cond(counts, step, idle, carry, block)
+        return jax.lax.cond(counts, counted, idle, carry, block)
 
     return guarded

@@ -49,6 +49,11 @@ class LinearTerms(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def linear_terms(config: TermsConfig, rows: Rows, layer: Layer) -> LinearTerms:
     """Returns the terms of every row, from blocks of classes."""
+    return _value(config, rows, layer)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value(config: TermsConfig, rows: Rows, layer: Layer) -> LinearTerms:
     rows = rows._replace(hidden=kept_hidden(rows))
 
     def statistics_of(index: jax.Array) -> BlockStatistics:
@@ -177,6 +182,7 @@ class _TermsDot(NamedTuple):
     entropy: jax.Array | None
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _terms_dot(
     config: TermsConfig,
     rows: Rows,
@@ -277,7 +283,7 @@ def _entropy_dot(
     if logits_dot is None:
         return jnp.zeros_like(entropy)
     drop = statistics.largest - _numerics.masked(inputs)
-    power = jnp.exp(-drop) * statistics.rival_scale
+    power = jnp.exp(-drop - statistics.log_mass)
     surprise = jnp.where(power == 0, 0, drop) + statistics.log_mass
     slope = power * (surprise - entropy)
     slope = _numerics.zero_where_dropped(slope, inputs)
