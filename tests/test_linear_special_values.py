@@ -56,7 +56,11 @@ def test_a_dropped_row_adds_exactly_nothing(dropped_by, held, reduction, rng):
     inputs = problem(rng, OPTIONS)
     inputs["where"], inputs["weights"][:] = np.ones(5, bool), 1.5
     inputs[dropped_by][2] = 0
-    inputs["hidden"][2, 1], inputs["labels"][2] = HELD[held], 100
+    inputs["hidden"][2] = HELD[held]
+    if held != "huge":
+        inputs["labels"][2] = 100
+    if dropped_by == "where":
+        inputs["weights"][2] = HELD[held]
     value, gradients = call(inputs, reduction)
     alone, expected = call(without_row(inputs, 2), reduction)
     if reduction is None:
@@ -338,6 +342,36 @@ def test_one_class_has_no_loss_and_no_gradient(rng):
         assert not np.any(value)
         assert not np.signbit(value).any()
         assert not any(gradient.any() for gradient in gradients.values())
+
+
+@forms
+def test_a_tangent_of_a_dropped_row_may_hold_anything(reduction, rng):
+    inputs = problem(rng, ("where",))
+    hidden, inputs["where"] = inputs.pop("hidden"), np.arange(5) != 2
+    broken, clean = np.ones((2, 5, 3), np.float32)
+    broken[2], clean[2] = NAN, 0
+
+    def along(tangent):
+        def loss(hidden):
+            return LOSS(hidden, reduction=reduction, **inputs, **BLOCKS[reduction])
+
+        return jax.jvp(loss, (jnp.asarray(hidden),), (jnp.asarray(tangent),))[1]
+
+    np.testing.assert_array_equal(along(broken), along(clean))
+
+
+@pytest.mark.parametrize("reduction", FORMS)
+def test_no_features(reduction):
+    hidden, kernel = np.zeros((2, 3, 0), np.float32), np.zeros((0, 4), np.float32)
+    labels = np.zeros((2, 3), int)
+
+    def loss(hidden, kernel):
+        return jnp.mean(LOSS(hidden, kernel, labels, reduction=reduction))
+
+    value, gradients = jax.value_and_grad(loss, (0, 1))(hidden, kernel)
+    rows = 6 if reduction == "sum" else 1
+    np.testing.assert_allclose(value, rows * np.log(4), rtol=1e-6)
+    assert [gradient.shape for gradient in gradients] == [(2, 3, 0), (0, 4)]
 
 
 def test_second_derivatives_beside_dropped_rows_and_classes(rng):

@@ -294,14 +294,16 @@ def test_export(form, problem):
     ],
 )
 def test_shard_map(mode, check_vma, form, problem):
-    """Rows sharded, kernel and bias replicated: their gradients are summed.
+    """Rows sharded, the layer and options replicated: their gradients are summed.
 
     With check_vma=False JAX wants the gradient taken outside.
     """
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((2,), ("data",), axis_types=auto, devices=jax.devices()[:2])
     inputs = jax.tree.map(jnp.asarray, problem.inputs)
-    names = [k for k in ("hidden", "kernel", "bias") if k in inputs]
+    scalars = ("softcap", "label_smoothing", "z_loss")
+    names = ("hidden", "kernel", "bias", "class_weights", *scalars)
+    names = [name for name in names if name in inputs]
     point = {k: inputs.pop(k) for k in names}
 
     def spec_of(arrays):
