@@ -60,7 +60,8 @@ def linear_softmax_cross_entropy(
     The matmuls run in the dtype of `hidden` and accumulate in float32, forward and
     backward; `jax.default_matmul_precision` applies. A kernel of another dtype is cast:
     as a whole in the first form, whose gradient leaves unrounded, a block at a time in
-    the second, whose gradient is rounded to the dtype of `hidden` first.
+    the second. The second form rounds what each block adds to a gradient to the dtype
+    of `hidden`, and adds it up in float32.
 
     In training loops:
 
