@@ -113,7 +113,7 @@ def test_column_error_falls_as_the_second_singular_value(kind, epsilon, rng):
     factor = np.linalg.svd(limit / np.sqrt(2))[1][1] ** 2
     errors = [error(num_iters) for num_iters in range(3, 9)]
     falls = np.divide(errors[1:], errors[:-1])
-    np.testing.assert_allclose(falls[-1], factor, rtol=0.15)
+    np.testing.assert_allclose(falls[-1], factor, rtol=0.2)
 
 
 def test_tol_stops_at_the_first_iteration_within_it(rng):

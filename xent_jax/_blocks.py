@@ -13,7 +13,7 @@ import jax.numpy as jnp
 _ROW_TILE_BYTES = 64 * 2**20
 _CLASS_TILE_BYTES = 32 * 2**20
 _MOST_ROWS = 1024
-_FEWEST_CLASSES = 2048
+_FEWEST_CLASSES = 1536
 _LANES = 128
 _SUBLANES = 8
 
@@ -41,7 +41,7 @@ def rows_per_block(rows: int, features: int, classes: int, itemsize: int) -> int
 def classes_per_block(rows: int, classes: int, itemsize: int) -> int:
     """Returns how many classes a block of a result per row has.
 
-    The tile of logits takes 32 MiB, or has 2048 classes where that is more.
+    The tile of logits takes 32 MiB, or has 1536 classes where that is more.
 
     Args:
       rows: N. A symbolic number counts as many.

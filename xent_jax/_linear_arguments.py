@@ -79,7 +79,9 @@ def read_head(
         if rows is not None:
             weights = jnp.where(rows, weights, 0)
         # Larger features could make logits that are not finite.
-        moderate = jnp.abs(features) < float(jnp.finfo(dtype).max) ** 0.5
+        largest = jnp.finfo(features.dtype).max
+        largest = min(float(largest), float(jnp.finfo(dtype).max) ** 0.5)
+        moderate = jnp.abs(features) <= largest
         finite = jnp.all(moderate, axis=-1, keepdims=True) & (ids >= 0)
         counted = (weights != 0) | finite
         rows = counted if rows is None else rows & counted
