@@ -59,7 +59,9 @@ def read_head(
     shape = (*features.shape[:-1], classes)
     layout = Layout(function, "hidden", shape, (features.ndim - 1,))
     mask = _read_classes(function, "class_mask", class_mask, classes)
-    keep = _read_rows(layout, where)
+    keep = _arguments.read_mask(
+        function, where, layout.batch_shape, layout.batch_meaning
+    )
     if weights is not None:
         weights = _checks.as_array(function, "weights", weights)
         _checks.check_real(function, "weights", weights)
@@ -97,17 +99,6 @@ def read_head(
         _read_classes(function, "class_weights", class_weights, classes, dtype),
     )
     return Head(layout.batch_shape, Rows(features, ids, rows), layer, weights)
-
-
-def _read_rows(layout: Layout, where: ArrayLike | None) -> jax.Array | None:
-    if where is None:
-        return None
-    mask = _checks.as_array(layout.function, "where", where)
-    _checks.check_boolean(layout.function, "where", mask)
-    _checks.check_shape(
-        layout.function, "where", mask, layout.batch_shape, layout.batch_meaning
-    )
-    return mask
 
 
 def _read_classes(

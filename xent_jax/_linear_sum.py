@@ -17,7 +17,7 @@ from xent_jax import _label_terms
 from xent_jax._blocks import loop, varying, zeros
 from xent_jax._label_terms import Coefficients, LabelConfig
 from xent_jax._layer import Layer, Rows, capped, kept_hidden, product
-from xent_jax._numerics import accumulation_dtype, unless_zero
+from xent_jax._numerics import accumulation_dtype, known_tangents, tangent_of
 
 
 class SumConfig(NamedTuple):
@@ -125,9 +125,7 @@ class _Gradients(NamedTuple):
 def _linear_loss_sum_jvp(
     config: SumConfig, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    rows_dot, layer_dot, coefficients_dot = jax.tree.map(
-        unless_zero, tangents, is_leaf=_is_zero
-    )
+    rows_dot, layer_dot, coefficients_dot = known_tangents(tangents)
     hidden_dot = rows_dot.hidden
     if hidden_dot is not None:
         hidden_dot = kept_hidden(primals[0]._replace(hidden=hidden_dot))
@@ -166,23 +164,8 @@ def _value_and_gradients_jvp(
     primals: tuple[Any, ...],
     tangents: tuple[Any, ...],
 ) -> tuple[Any, Any]:
-    # What has no tangent is a constant, so that nothing is computed for it.
-    values, structure = jax.tree.flatten(primals)
-    dots = jax.tree.leaves(tangents, is_leaf=_is_zero)
-    places = [place for place, dot in enumerate(dots) if not _is_zero(dot)]
-
-    def function(*moving: jax.Array) -> Any:
-        leaves = list(values)
-        for place, value in zip(places, moving, strict=True):
-            leaves[place] = value
-        arguments = jax.tree.unflatten(structure, leaves)
-        return _scan(jax.lax.scan, config, wanted, *arguments)
-
-    return jax.jvp(
-        function,
-        tuple(values[place] for place in places),
-        tuple(dots[place] for place in places),
-    )
+    function = functools.partial(_scan, jax.lax.scan, config, wanted)
+    return tangent_of(function, primals, known_tangents(tangents))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -251,10 +234,6 @@ def _scan(
         lambda array: _joined(array)[:count], rows_bar
     )
     return total, _Gradients(hidden_bar, kernel_bar, small_bar, coefficients_bar)
-
-
-def _is_zero(tangent: Any) -> bool:
-    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
 
 
 def _only(wanted: tuple[bool, ...], values: Any) -> Any:

@@ -25,7 +25,7 @@ from xent_jax._layer import (
     kept_hidden,
     product,
 )
-from xent_jax._numerics import LabelStatistics, Masked, unless_zero
+from xent_jax._numerics import LabelStatistics, Masked, known_tangents, tangent_of
 
 
 class TermsConfig(NamedTuple):
@@ -109,13 +109,11 @@ def _indices(config: TermsConfig, layer: Layer) -> jax.Array:
     return jnp.arange(blocks, dtype=jnp.int32)
 
 
-def _slice(config: TermsConfig, classes: int, index: jax.Array, array: Any) -> Any:
-    """Returns the block's part of an array of classes, `None` for `None`."""
+def _slice(config: TermsConfig, start: jax.Array, array: Any) -> Any:
+    """Returns a block's part of an array of classes, `None` for `None`."""
     if array is None:
         return None
-    size = config.class_block
-    start = jnp.minimum(index * size, classes - size)
-    return jax.lax.dynamic_slice_in_dim(array, start, size, axis=1)
+    return jax.lax.dynamic_slice_in_dim(array, start, config.class_block, axis=1)
 
 
 class _Block(NamedTuple):
@@ -133,7 +131,7 @@ def _block(config: TermsConfig, rows: Rows, layer: Layer, index: jax.Array) -> _
     """
     classes, size = layer.kernel.shape[1], config.class_block
     start = jnp.minimum(index * size, classes - size)
-    take = functools.partial(_slice, config, classes, index)
+    take = functools.partial(_slice, config, start)
     part = Layer(
         take(layer.kernel),
         take(layer.bias),
@@ -157,11 +155,7 @@ def _linear_terms_jvp(
 ) -> tuple[LinearTerms, LinearTerms]:
     rows, layer = primals
     terms = linear_terms(config, rows, layer)
-    rows_dot, layer_dot = jax.tree.map(
-        unless_zero,
-        tangents,
-        is_leaf=lambda t: isinstance(t, jax.custom_derivatives.SymbolicZero),
-    )
+    rows_dot, layer_dot = known_tangents(tangents)
     hidden_dot = rows_dot.hidden
     if hidden_dot is not None:
         # In float32, so that reverse mode adds the blocks up in float32.
@@ -193,7 +187,6 @@ def _terms_dot(
 ) -> _TermsDot:
     """Returns the tangents of the terms, linear in those of the arguments."""
     statistics = terms.statistics
-    classes = layer.kernel.shape[1]
     weight = class_total(layer, terms.label.loss.dtype) if config.spread else None
     label_config = LabelConfig(-1, config.spread, normalizer=True)
 
@@ -201,7 +194,7 @@ def _terms_dot(
         total, dots = carry
         hidden_dot, layer_dot = dots
         block = _block(config, rows, layer, index)
-        take = functools.partial(_slice, config, classes, index)
+        take = functools.partial(_slice, config, block.start)
         part_dot = Layer(
             take(layer_dot.kernel),
             take(layer_dot.bias),
@@ -254,23 +247,10 @@ def _logits_dot(
         kernel_dot = part_dot.kernel.astype(hidden.dtype)
         by_kernel = jnp.matmul(hidden, kernel_dot).astype(linear.dtype)
         linear_dot = by_kernel if linear_dot is None else linear_dot + by_kernel
-    primals = [linear, part.bias, part.softcap]
-    dots = [linear_dot, part_dot.bias, part_dot.softcap]
-    places = [place for place, dot in enumerate(dots) if dot is not None]
-    if not places:
+    dots = linear_dot, part_dot.bias, part_dot.softcap
+    if all(dot is None for dot in dots):
         return None
-
-    def logits(*moving: jax.Array) -> jax.Array:
-        arguments: list[Any] = list(primals)
-        for place, value in zip(places, moving, strict=True):
-            arguments[place] = value
-        return capped(*arguments)
-
-    return jax.jvp(
-        logits,
-        tuple(primals[place] for place in places),
-        tuple(dots[place] for place in places),
-    )[1]
+    return tangent_of(capped, (linear, part.bias, part.softcap), dots)[1]
 
 
 def _entropy_dot(
