@@ -185,3 +185,52 @@ def test_rows_of_gradients_sum_to_zero_for_confident_rows(rng):
     _, gradient = value_and_gradient(INTEGER, jnp.asarray(logits, jnp.float32), ids)
     sums = gradient.astype(np.float64).sum(-1)
     assert np.all(np.abs(sums) <= 1e-6 * np.abs(gradient).max(-1))
+
+
+# Logits that are computed under the same jit: XLA computes them anew for every sum, and
+# contracts a product and a difference to one rounding in some of them only.
+COMPUTED = {
+    "divided": lambda x: x / 0.07,
+    "scaled": lambda x: 3.3 * x,
+    "capped": lambda x: 3 * jnp.tanh(x / 3),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+@pytest.mark.parametrize("classes", [2, 10, 24, 100, 1000, 2048])
+def test_logits_computed_on_the_way(name, classes, rng):
+    compute = COMPUTED[name]
+    values = rng.standard_normal((64, classes)).astype(np.float32)
+    ids, keep = rng.integers(0, classes, 64), rng.random(64) < 0.7
+    one_hot = np.eye(classes, dtype=np.float32)[ids]
+    logits = np.asarray(compute(jnp.asarray(values)), np.float64)
+    truth = oracle.softmax_cross_entropy_with_integer_labels(logits, ids, where=keep)
+
+    @jax.jit
+    def losses(values, keep):
+        return (
+            INTEGER(compute(values), ids, where=keep),
+            xent_jax.softmax_cross_entropy(compute(values), one_hot, where=keep),
+        )
+
+    for loss in losses(values, keep):
+        # A logit's own rounding is an ulp of it.
+        np.testing.assert_allclose(
+            loss, truth.value, rtol=1e-5, atol=1e-6 * np.abs(logits).max()
+        )
+
+
+@pytest.mark.parametrize("reduction", ["sum", None])
+def test_capped_head_with_blocks_that_do_not_divide(reduction, rng):
+    hidden = rng.standard_normal((16, 6)).astype(np.float32)
+    kernel = rng.standard_normal((6, 24)).astype(np.float32)
+    ids = rng.integers(0, 24, 16)
+    options = {"softcap": 3.0, "reduction": reduction}
+    truth = oracle.linear_softmax_cross_entropy(hidden, kernel, ids, **options)
+    block = {"row_block": 5} if reduction else {"class_block": 7}
+    loss = jax.jit(
+        lambda h, k: xent_jax.linear_softmax_cross_entropy(
+            h, k, ids, **options, **block
+        )
+    )(hidden, kernel)
+    np.testing.assert_allclose(loss, truth.value, rtol=1e-5)

@@ -13,12 +13,15 @@ import xent_jax
 PACKAGE = pathlib.Path(xent_jax.__file__).parent
 # A module may import from earlier lines only.
 LAYERS = [
-    {"_checks", "_class_reductions", "_blocks"},
+    {"_checks", "_class_axis", "_class_reductions", "_blocks"},
     {"_numerics"},
+    {"_spread"},
     {"_arguments", "_label_terms", "_target_terms", "_layer", "_balancing"},
     {"_block_statistics", "_linear_arguments", "_linear_sum"},
-    {"_linear_terms"},
-    {"_softmax", "_sigmoid", "_probabilities", "_mean", "_linear", "_sinkhorn"},
+    {"_linear_terms", "_linear_meshes"},
+    {"_linear_loss"},
+    {"_linear", "_linear_statistics"},
+    {"_softmax", "_sigmoid", "_probabilities", "_mean", "_sinkhorn"},
     {"__init__"},
     {"_laws"},
     {"testing"},

@@ -1,9 +1,13 @@
 """Rows and classes sharded under plain `jax.jit`, on Auto and on Explicit meshes."""
 
+import functools
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from aot import hlo
 
 import xent_jax
 
@@ -43,61 +47,103 @@ MASKED = [
 SPECS = {"rows": ("a", None), "classes": (None, "a"), "both": ("a", "b")}
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("classes", [2048, 2176, 8192])
-def test_many_classes_over_any_number_of_shards(classes, kind, rng):
-    """2176 classes are 17 blocks of 128: not as many as there are shards."""
-    types = (getattr(jax.sharding.AxisType, kind),)
-    mesh = jax.make_mesh((4,), ("a",), axis_types=types, devices=jax.devices()[:4])
-    logits = rng.standard_normal((3, classes)).astype(np.float32)
-    ids = rng.integers(0, classes, 3)
-    mean = jax.jit(jax.value_and_grad(lambda x, y: INTEGER(x, y).mean()))
-    expected = mean(logits, ids)
-    with jax.set_mesh(mesh):
-        value, gradient = mean(jax.device_put(logits, jax.P(None, "a")), ids)
-    np.testing.assert_allclose(value, expected[0], rtol=2e-6)
-    np.testing.assert_allclose(gradient, expected[1], rtol=1e-5, atol=1e-9)
+class Program(NamedTuple):
+    """A loss of fixed rows: its arguments, and value, gradient and tangent of its sum.
+
+    Attributes:
+      arguments: logits (or what stands for them), labels, mask, and a direction.
+      run: jitted, of these four.
+    """
+
+    arguments: tuple
+    run: Any
+
+    def on(self, mesh, spec) -> tuple[Any, hlo.Module]:
+        """Returns the results with all arrays sharded, and the compiled program."""
+        full, row = jax.P(*spec), jax.P(spec[0])
+
+        def put(array):
+            return jax.device_put(jnp.asarray(array), full if array.ndim > 1 else row)
+
+        with jax.set_mesh(mesh):
+            arguments = jax.tree.map(put, self.arguments)
+            compiled = self.run.lower(*arguments).compile()
+            results = compiled(*arguments)
+        sharding = jax.NamedSharding(mesh, full)
+        assert results[1].sharding.is_equivalent_to(sharding, 2)
+        return jax.device_get(results), hlo.parse(compiled.as_text())
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize(("name", "mask"), MASKED)
-def test_sharded_is_unsharded(name, mask, spec, kind, rng):
+def program(name, mask, rows, classes) -> Program:
     loss, labels_kind, options = LOSSES[name]
-    shape = (8, 1) if spec == "rows" else (1, 8) if spec == "classes" else (2, 4)
-    names = ("a", "b") if spec != "classes" else ("b", "a")
-    types = (getattr(jax.sharding.AxisType, kind),) * 2
-    mesh = jax.make_mesh(shape, names, axis_types=types)
-    logits = rng.uniform(0.1, 0.9, (ROWS, CLASSES)).astype(np.float32)
-    targets = rng.random((ROWS, CLASSES)).astype(np.float32)
-    labels = rng.integers(0, CLASSES - 4, ROWS) if labels_kind == "ids" else targets
+    if "class_weights" in options:
+        options = options | {"class_weights": np.resize(WEIGHTS, classes)}
+    if "pos_weight" in options:
+        options = options | {"pos_weight": np.resize(WEIGHTS, classes)}
+    rng = np.random.default_rng(8)
+    logits = rng.uniform(0.1, 0.9, (rows, classes)).astype(np.float32)
+    targets = rng.random((rows, classes)).astype(np.float32)
+    kept = classes * 3 // 4
+    labels = rng.integers(0, kept, rows) if labels_kind == "ids" else targets
     where = {
         None: None,
-        "rows": np.arange(ROWS) % 3 > 0,
-        "classes": np.broadcast_to(np.arange(CLASSES) < 12, (ROWS, CLASSES)),
+        "rows": np.arange(rows) % 3 > 0,
+        "classes": np.broadcast_to(np.arange(classes) < kept, (rows, classes)),
     }[mask]
+    direction = rng.standard_normal((rows, classes)).astype(np.float32)
 
     @jax.jit
-    def both(logits, labels, where):
+    def run(logits, labels, where, direction):
         masked = {} if where is None else {"where": where}
 
         def total(logits):
             return loss(logits, labels, **masked, **options).sum()
 
-        return jax.value_and_grad(total)(logits)
+        value, gradient = jax.value_and_grad(total)(logits)
+        return value, gradient, jax.jvp(total, (logits,), (direction,))[1]
 
-    expected = both(logits, labels, where)
-    full, row = jax.P(*SPECS[spec]), jax.P(SPECS[spec][0])
-    with jax.set_mesh(mesh):
+    return Program((logits, labels, where, direction), run)
 
-        def put(array):
-            if array is None:
-                return None
-            return jax.device_put(jnp.asarray(array), full if array.ndim > 1 else row)
 
-        value, gradient = both(put(logits), put(labels), put(where))
-        assert gradient.sharding.is_equivalent_to(
-            jax.sharding.NamedSharding(mesh, full), 2
-        )
+@functools.cache
+def program_and_results(name, mask=None, rows=ROWS, classes=CLASSES):
+    """Returns a program and what it gives on one device."""
+    of = program(name, mask, rows, classes)
+    return of, jax.device_get(of.run(*of.arguments))
+
+
+def check(of, results, expected):
+    value, gradient, tangent = results
     np.testing.assert_allclose(value, expected[0], rtol=2e-6, atol=1e-6)
     np.testing.assert_allclose(gradient, expected[1], rtol=1e-5, atol=1e-6)
+    # A sum of many products of either sign.
+    size = np.abs(of.arguments[-1] * expected[1]).sum()
+    np.testing.assert_allclose(tangent, expected[2], rtol=0, atol=1e-6 * size)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("name", ["integer-all", "dense-all", "nll", "linearized"])
+@pytest.mark.parametrize(("shards", "classes"), [(8, 2048), (8, 2560), (4, 8192)])
+def test_many_classes_over_any_number_of_shards(shards, classes, name, kind):
+    """2560 classes are 20 blocks of 128: not as many for each of 8 shards."""
+    types = (getattr(jax.sharding.AxisType, kind),)
+    devices = jax.devices()[:shards]
+    mesh = jax.make_mesh((shards,), ("a",), axis_types=types, devices=devices)
+    loss, expected = program_and_results(name, rows=3, classes=classes)
+    results, module = loss.on(mesh, (None, "a"))
+    check(loss, results, expected)
+    assert module.collective_kinds == {"all-reduce"}
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(("name", "mask"), MASKED)
+def test_sharded_is_unsharded(name, mask, spec, kind):
+    shape = (8, 1) if spec == "rows" else (1, 8) if spec == "classes" else (2, 4)
+    names = ("a", "b") if spec != "classes" else ("b", "a")
+    types = (getattr(jax.sharding.AxisType, kind),) * 2
+    mesh = jax.make_mesh(shape, names, axis_types=types)
+    loss, expected = program_and_results(name, mask)
+    results, module = loss.on(mesh, SPECS[spec])
+    check(loss, results, expected)
+    assert module.collective_kinds == {"all-reduce"}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from xent_jax import _class_reductions, _numerics
+from xent_jax._class_axis import ClassAxis
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
@@ -71,7 +72,7 @@ def test_folded_reduction_is_not_a_copy():
     def total(x, y):
         return _class_reductions.sum_classes(
             lambda x, i, y: jnp.where(i == y, 0, jnp.exp(x)),
-            (x, _numerics.class_index(x, -1), y),
+            (x, _numerics.class_index(x, ClassAxis(-1)), y),
             -1,
         )
 

@@ -7,11 +7,8 @@ and every nesting of them. `xent_jax.testing` has the assertions of their gradie
 
 from jax import export
 
-from xent_jax._linear import (
-    SoftmaxStatistics,
-    linear_softmax_cross_entropy,
-    linear_softmax_statistics,
-)
+from xent_jax._linear import linear_softmax_cross_entropy
+from xent_jax._linear_statistics import SoftmaxStatistics, linear_softmax_statistics
 from xent_jax._mean import weighted_mean
 from xent_jax._probabilities import (
     binary_cross_entropy,

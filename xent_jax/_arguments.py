@@ -5,7 +5,7 @@ size 1 there, and class ids are int32 with −1 for an id that is no class.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from xent_jax import _checks
 from xent_jax._checks import Shape
+from xent_jax._class_axis import AxisName, ClassAxis
 from xent_jax._numerics import accumulation_dtype
 
 Axis = int | Sequence[int] | None
@@ -30,6 +31,7 @@ class Layout(NamedTuple):
     name: str  # of the argument that has the classes
     shape: Shape  # as given
     axes: tuple[int, ...]  # as given, non-negative
+    axis_name: AxisName = None  # of the mesh, where the class axis is sharded
 
     @property
     def axis(self) -> int:
@@ -37,8 +39,13 @@ class Layout(NamedTuple):
         return -1 if len(self.axes) > 1 else self.axes[0] - len(self.shape)
 
     @property
+    def class_axis(self) -> ClassAxis:
+        """Where the classes are inside the package."""
+        return ClassAxis(self.axis, self.axis_name)
+
+    @property
     def num_classes(self) -> int:
-        """The number of classes, over all class axes."""
+        """The number of classes here, over all class axes."""
         count = 1
         for axis in self.axes:
             count *= self.shape[axis]
@@ -81,16 +88,25 @@ class Keep(NamedTuple):
 
     classes: jax.Array | None
     rows: jax.Array | None
+    count: jax.Array | None = None  # int32: kept classes a row, if they are masked
 
 
 def read_logits(
-    function: str, name: str, logits: ArrayLike, axis: Axis
+    function: str,
+    name: str,
+    logits: ArrayLike,
+    axis: Axis,
+    class_axis_name: AxisName = None,
 ) -> tuple[jax.Array, Layout]:
     """Returns the logits (or log-probabilities, or probabilities) and their layout."""
     array = _checks.as_array(function, name, logits)
     _checks.check_floating(function, name, array)
     axes = _checks.canonical_axes(function, axis, array.ndim)
-    layout = Layout(function, name, array.shape, axes)
+    _checks.check_axis_name(function, "class_axis_name", class_axis_name)
+    if class_axis_name is not None and len(axes) != 1:
+        expected = "be one axis where class_axis_name shards it"
+        _checks.fail(ValueError, function, "axis", expected, repr(axis))
+    layout = Layout(function, name, array.shape, axes, class_axis_name)
     if layout.num_classes == 0:
         _checks.fail(ValueError, function, name, "have at least one class", array.shape)
     return layout.classes(array), layout
@@ -99,7 +115,7 @@ def read_logits(
 def read_where(layout: Layout, where: ArrayLike | None) -> Keep:
     """Returns the masks of the classes and of the rows that count.
 
-    A row without a single kept class does not count.
+    A row without a single kept class, on any shard, does not count.
     """
     if where is None:
         return Keep(None, None)
@@ -107,7 +123,9 @@ def read_where(layout: Layout, where: ArrayLike | None) -> Keep:
     _checks.check_boolean(layout.function, "where", mask)
     if mask.shape == layout.shape:
         classes = layout.classes(mask)
-        return Keep(classes, jnp.any(classes, axis=layout.axis, keepdims=True))
+        local = jnp.sum(classes, axis=layout.axis, keepdims=True, dtype=jnp.int32)
+        count = layout.class_axis.total(local)
+        return Keep(classes, count > 0, count)
     if mask.shape != layout.batch_shape:
         expected = (
             f"have shape {layout.batch_shape} ({layout.batch_meaning}) or "
@@ -129,24 +147,32 @@ def read_mask(
     return mask
 
 
+def unwrapped_ids(labels: Any) -> Any:
+    """Returns class ids that JAX does not wrap: −1 for one beyond 32 bits.
+
+    Without 64-bit types JAX would keep the low 32 bits of NumPy's ids.
+    """
+    if not isinstance(labels, np.ndarray) or labels.dtype not in (np.int64, np.uint64):
+        return labels
+    inside = (labels >= 0) & (labels <= np.iinfo(np.int32).max)
+    return np.where(inside, labels, -1).astype(np.int32)
+
+
 def read_class_ids(layout: Layout, labels: ArrayLike, keep: Keep) -> jax.Array:
     """Returns int32 ids: −1 for one outside the classes, 0 in a dropped row.
 
     The range is checked in the caller's dtype: a narrower or wider integer never wraps
-    into the classes.
+    into the classes. Ids count over all shards.
     """
-    if isinstance(labels, np.ndarray) and labels.dtype in (np.int64, np.uint64):
-        # Without 64-bit types JAX would keep the low 32 bits of an id.
-        inside = (labels >= 0) & (labels < layout.num_classes)
-        labels = np.where(inside, np.where(inside, labels, 0).astype(np.int32), -1)
-    ids = _checks.as_array(layout.function, "labels", labels)
+    num_classes = layout.class_axis.count(layout.num_classes)
+    ids = _checks.as_array(layout.function, "labels", unwrapped_ids(labels))
     _checks.check_class_ids(layout.function, "labels", ids)
     _checks.check_shape(
         layout.function, "labels", ids, layout.batch_shape, layout.batch_meaning
     )
     if jnp.iinfo(ids.dtype).bits < 32:
         ids = ids.astype(jnp.int32)
-    inside = (ids >= 0) & (ids < layout.num_classes)
+    inside = (ids >= 0) & (ids < num_classes)
     ids = layout.rows(jnp.where(inside, ids, 0).astype(jnp.int32))
     ids = jnp.where(layout.rows(inside), ids, -1)
     return ids if keep.rows is None else jnp.where(keep.rows, ids, 0)
@@ -171,8 +197,9 @@ def read_class_weights(
     array = _checks.as_array(layout.function, "class_weights", class_weights)
     _checks.check_real(layout.function, "class_weights", array)
     shape = (layout.num_classes,)
+    here = " of this shard" if layout.axis_name is not None else ""
     _checks.check_shape(
-        layout.function, "class_weights", array, shape, "one number a class"
+        layout.function, "class_weights", array, shape, f"one number a class{here}"
     )
     ndim = len(layout.batch_shape) + 1
     other = tuple(axis for axis in range(ndim) if axis != layout.axis % ndim)

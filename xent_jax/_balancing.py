@@ -20,17 +20,16 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from xent_jax._numerics import two_sum
+from xent_jax._class_axis import AxisName, psum
+from xent_jax._numerics import known_tangents, tangent_of, two_sum
 
-AxisName = str | tuple[str, ...] | None
-
-# How far the potentials may move, in ε, before the largest entry of every row is looked
-# up anew: at this distance exp loses nothing that counts.
+# How far the potentials may move, in ε, before the exponentials are taken anew: at this
+# distance neither exp(−δ/ε) nor what underflowed loses anything that counts.
 _FAR = 8
 
 _fixed = jax.lax.stop_gradient
@@ -55,11 +54,12 @@ class Potentials(NamedTuple):
     low: jax.Array
 
 
-class Pivots(NamedTuple):
-    """The largest `scores − high` of every row, [N, 1], for the `high` beside it."""
+class Reference(NamedTuple):
+    """Potentials and what was computed at them: constants to differentiation."""
 
-    largest: jax.Array
-    high: jax.Array
+    potentials: Potentials
+    largest: jax.Array  # the largest `scores − high` of every row, [N, 1]
+    powers: jax.Array  # `_powers`, [N, K]
 
 
 @functools.partial(jax.jit, static_argnames=("num_iters", "batch_axis_name"))
@@ -76,10 +76,10 @@ def solve(
     Reverse mode keeps the scores, a pivot a row, and the potentials of every iteration.
     """
     start = jax.checkpoint(functools.partial(_first, batch_axis_name))(problem)
-    pivots = Pivots(_largest(problem, start.high), _fixed(start.high))
+    reference = _reference(problem, start)
 
     def sums(potentials: Potentials) -> jax.Array:
-        return _column_sums(problem, potentials, pivots)
+        return _column_sums(problem, potentials, reference)
 
     def update(potentials: Potentials, sums: jax.Array) -> tuple[Potentials, jax.Array]:
         total = psum(sums, batch_axis_name)
@@ -97,7 +97,7 @@ def solve(
         potentials, done = carry
         # The collective stays outside: a shard never waits for one that has left.
         local = jax.lax.cond(
-            done, functools.partial(_no_sums, pivots), sums, potentials
+            done, functools.partial(_no_sums, reference), sums, potentials
         )
         moved, error = update(potentials, local)
         done |= error < tol
@@ -114,14 +114,7 @@ def solve(
         step = functools.partial(until_balanced, tol)
         step = jax.checkpoint(step, prevent_cse=False)
         (potentials, _), _ = jax.lax.scan(step, carry, length=steps)
-    return jax.checkpoint(_targets)(problem, potentials, pivots)
-
-
-def psum(values: jax.Array, batch_axis_name: AxisName) -> jax.Array:
-    """Returns the sum over the shards of the rows, if there are shards."""
-    if batch_axis_name is None:
-        return values
-    return jax.lax.psum(values, batch_axis_name)
+    return jax.checkpoint(_targets)(problem, potentials, reference)
 
 
 def _first(batch_axis_name: AxisName, problem: Problem) -> Potentials:
@@ -162,10 +155,10 @@ def _exponential(difference: jax.Array, epsilon: jax.Array) -> jax.Array:
 
 def _largest(problem: Problem, high: jax.Array) -> jax.Array:
     """Returns the largest `scores − high` of every row."""
-    return jnp.max(_fixed(problem.scores) - high, axis=-1, keepdims=True)
+    return jnp.max(_fixed(problem.scores) - _fixed(high), axis=-1, keepdims=True)
 
 
-def _powers(problem: Problem, potentials: Potentials, pivots: Pivots) -> jax.Array:
+def _powers(problem: Problem, potentials: Potentials, largest: jax.Array) -> jax.Array:
     """Returns exp((scores − potentials − pivot)/ε), [N, K], about 1 at most.
 
     The pivot of a row is any number near its largest entry. What is subtracted from a
@@ -174,13 +167,6 @@ def _powers(problem: Problem, potentials: Potentials, pivots: Pivots) -> jax.Arr
     rounding of `high` left over is small, and subtracted last.
     """
     high = _fixed(potentials.high)
-    # Potentials hardly move, so the pivots of the first iteration mostly do.
-    far = jnp.max(jnp.abs(high - pivots.high)) > _FAR * problem.epsilon
-    largest = _fixed(
-        jax.lax.cond(
-            far, functools.partial(_largest, problem), lambda _: pivots.largest, high
-        )
-    )
     # Adding and subtracting four times the largest magnitude rounds to such a grid.
     grid = 4 * jnp.maximum(jnp.max(jnp.abs(high)), jnp.max(jnp.abs(largest), initial=0))
     coarse = (potentials.high + grid) - grid
@@ -189,22 +175,88 @@ def _powers(problem: Problem, potentials: Potentials, pivots: Pivots) -> jax.Arr
     return _exponential((problem.scores - exact) - rest, problem.epsilon)
 
 
-def _column_sums(problem: Problem, potentials: Potentials, pivots: Pivots) -> jax.Array:
+def _reference(problem: Problem, potentials: Potentials) -> Reference:
+    """Returns the exponentials at the potentials."""
+    problem, potentials = _fixed((problem, potentials))
+    largest = _largest(problem, potentials.high)
+    return Reference(potentials, largest, _powers(problem, potentials, largest))
+
+
+def _moves(potentials: Potentials, reference: Reference) -> jax.Array:
+    """Returns how far the potentials are from those of the reference, [1, K].
+
+    But for a number that all have in common, which is without effect.
+    """
+    old = reference.potentials
+    moves = (potentials.high - old.high) + (potentials.low - old.low)
+    fixed = _fixed(moves)
+    return moves - (jnp.max(fixed) + jnp.min(fixed)) / 2
+
+
+def _is_far(problem: Problem, moves: jax.Array) -> jax.Array:
+    """Returns whether a potential is too far from the reference's."""
+    return jnp.max(jnp.abs(_fixed(moves))) > _FAR * _fixed(problem.epsilon)
+
+
+@jax.custom_jvp
+def _column_sums(
+    problem: Problem, potentials: Potentials, reference: Reference
+) -> jax.Array:
     """Returns the column sums of the targets over the rows at hand, [1, K]."""
-    powers = _powers(problem, potentials, pivots)
-    weights = 1 / jnp.sum(powers, axis=-1, keepdims=True)
+
+    def of_powers(moves: jax.Array) -> jax.Array:
+        powers, factors = reference.powers, jnp.exp(-moves / problem.epsilon)
+        weights = 1 / jnp.sum(powers * factors, axis=-1, keepdims=True)
+        return factors * _total(problem, powers, weights)
+
+    moves = _moves(potentials, reference)
+    return jax.lax.cond(
+        _is_far(problem, moves),
+        lambda _: _sums_of_scores(problem, potentials),
+        of_powers,
+        moves,
+    )
+
+
+@functools.partial(_column_sums.defjvp, symbolic_zeros=True)
+def _column_sums_jvp(
+    primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    # By way of the scores alone: reverse mode then keeps no exponentials.
+    dots = known_tangents(tangents[:2])
+    return tangent_of(_sums_of_scores, primals[:2], dots)
+
+
+def _sums_of_scores(problem: Problem, potentials: Potentials) -> jax.Array:
+    """Returns the column sums from exponentials of the scores."""
+    largest = _largest(problem, potentials.high)
+    powers = _powers(problem, potentials, largest)
+    return _total(problem, powers, 1 / jnp.sum(powers, axis=-1, keepdims=True))
+
+
+def _total(problem: Problem, powers: jax.Array, weights: jax.Array) -> jax.Array:
+    """Returns the weighted sum of the rows that count, [1, K]."""
     if problem.counted is not None:
         weights = jnp.where(problem.counted, weights, 0)
     return jnp.sum(powers * weights, axis=0, keepdims=True)
 
 
-def _no_sums(pivots: Pivots, potentials: Potentials) -> jax.Array:
+def _no_sums(reference: Reference, potentials: Potentials) -> jax.Array:
     """Returns ones that are sharded, and vary over mesh axes, as column sums do."""
-    of_rows = jnp.max(pivots.largest, keepdims=True, initial=-jnp.inf)
+    of_rows = jnp.max(reference.largest, keepdims=True, initial=-jnp.inf)
     return jnp.where(of_rows == potentials.high, jnp.ones_like(of_rows), 1)
 
 
-def _targets(problem: Problem, potentials: Potentials, pivots: Pivots) -> jax.Array:
+def _targets(
+    problem: Problem, potentials: Potentials, reference: Reference
+) -> jax.Array:
     """Returns the targets, [N, K]."""
-    powers = _powers(problem, potentials, pivots)
+    far = _is_far(problem, _moves(potentials, reference))
+    largest = jax.lax.cond(
+        far,
+        functools.partial(_largest, problem),
+        lambda _: reference.largest,
+        potentials.high,
+    )
+    powers = _powers(problem, potentials, _fixed(largest))
     return powers / jnp.sum(powers, axis=-1, keepdims=True)

@@ -9,17 +9,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xent_jax import _label_terms, _numerics
+from xent_jax import _numerics, _spread
+from xent_jax._class_axis import ClassAxis
 from xent_jax._class_reductions import SUM, sum_classes
 from xent_jax._numerics import LabelStatistics, Masked
+from xent_jax._spread import SpreadSums
 
-
-class SpreadSums(NamedTuple):
-    """What the loss of evenly spread targets is made of."""
-
-    below: jax.Array  # Σ_{j≠y} w_j (pivot − x_j)
-    rivals: jax.Array  # Σ_{j≠y} w_j over the kept classes
-    own: jax.Array  # w_y
+_BLOCK = ClassAxis(-1)
 
 
 class Top(NamedTuple):
@@ -60,18 +56,19 @@ def block_statistics(
       prediction: whether the class of the largest logit is wanted.
     """
     classes = inputs.logits.shape[-1]
-    best_rival, rivals = _numerics.rival_statistics(SUM, inputs, labels, -1)
-    inside = (labels >= 0) & (labels < classes)
-    label_logit = _numerics.label_logits(-1, inputs, jnp.where(inside, labels, 0))
-    label_logit = jnp.where(inside, label_logit, 0)
+    best_rival = _numerics.best_rival(inputs, labels, _BLOCK)
     pivot = _numerics.pivot_of(best_rival)
+    rivals = _numerics.sum_of_rivals(SUM, inputs, labels, pivot, _BLOCK)
+    inside = (labels >= 0) & (labels < classes)
+    label_logit = _numerics.label_logits(_BLOCK, inputs, jnp.where(inside, labels, 0))
+    label_logit = jnp.where(inside, label_logit, 0)
     sums = fall = top = None
     if spread:
         # Weights are numbers a row only where the rows differ.
         zero = jnp.zeros_like(best_rival)
-        own = _label_terms.split_weight(inputs, labels, class_weights, -1)
+        own = _spread.split_weight(inputs, labels, class_weights, _BLOCK)
         sums = SpreadSums(
-            _label_terms.rivals_below(-1, inputs, labels, class_weights, pivot),
+            _spread.rivals_below(_BLOCK, inputs, labels, class_weights, pivot),
             *(weight + zero for weight in own),
         )
     if entropy:
@@ -81,7 +78,7 @@ def block_statistics(
             power = jnp.exp(-drop)
             return jnp.where((index == labels) | (power == 0), 0, power * drop)
 
-        index = _numerics.class_index(inputs.logits, -1)
+        index = _numerics.class_index(inputs.logits, _BLOCK)
         fall = sum_classes(term, (inputs, index, labels, pivot), -1)
     if prediction:
         values = _numerics.masked(inputs)
@@ -121,6 +118,33 @@ def merged(left: BlockStatistics, right: BlockStatistics) -> BlockStatistics:
             jnp.where(higher, right.top.class_id, left.top.class_id),
         )
     return added._replace(best_rival=best_rival, top=top)
+
+
+def over_shards(
+    statistics: BlockStatistics, first: jax.Array | int, classes: ClassAxis
+) -> BlockStatistics:
+    """Returns the statistics of all shards' classes from those of each.
+
+    Args:
+      statistics: of this shard, in which class ids count from its first class.
+      first: the id of that class.
+      classes: the class axis.
+    """
+    if classes.axis_name is None:
+        return statistics
+    best_rival = classes.largest(statistics.best_rival)
+    own = relative_to(statistics, best_rival)
+    sums = own.rivals, own.label_logit, own.spread, own.fall
+    total = BlockStatistics(best_rival, *classes.total(sums), top=None)
+    if statistics.top is None:
+        return total
+    # No NaN, of which a maximum over devices makes what it likes: neither is finite.
+    logit, class_id = statistics.top
+    logit = jnp.where(jnp.isnan(logit), jnp.inf, logit)
+    largest = classes.largest(logit)
+    none = jnp.iinfo(jnp.int32).max
+    lowest = -classes.largest(-jnp.where(logit == largest, first + class_id, none))
+    return total._replace(top=Top(largest, lowest))
 
 
 def settled_entropy(

@@ -96,9 +96,12 @@ def loop(
         return index + 1, carry, results
 
     _, shapes = jax.eval_shape(lambda: step(start, block(0)))
-    results = jax.tree.map(
-        lambda out: zeros((count, *out.shape), out.dtype, (start, blocks)), shapes
-    )
+
+    def room(out: jax.ShapeDtypeStruct) -> jax.Array:
+        # Like a result, because jax 0.7.2 wants both to name the same mesh.
+        return varying(jnp.broadcast_to(jnp.zeros_like(out), (count, *out.shape)), out)
+
+    results = jax.tree.map(room, shapes)
     state = jnp.zeros((), jnp.int32), start, results
     state = jax.lax.while_loop(lambda state: state[0] < count, body, state)
     return state[1:]
@@ -109,14 +112,32 @@ def zeros(shape: tuple[int, ...], dtype: jnp.dtype, references: Any) -> jax.Arra
     return varying(jnp.zeros(shape, dtype), references)
 
 
-def varying(array: jax.Array, references: Any) -> jax.Array:
+def varying(array: jax.Array, references: Any, but: tuple[str, ...] = ()) -> jax.Array:
     """Returns an array that varies over every mesh axis that a reference varies over.
 
     Inside `jax.shard_map` the carry of a loop has to start as what it becomes, and the
-    branches of a condition have to agree. Nothing of a reference gets into the value, a
-    NaN neither. XLA drops the selection, and with it the sums: call it under `jit`.
+    branches of a condition have to agree. JAX has no name for it that all its versions
+    share. A factor of 1 that depends on the device's place does it, for a NaN too: XLA
+    drops it, and its transposition is one sum over the axis.
+
+    Args:
+      array: any.
+      references: a tree of arrays, or of their `jax.ShapeDtypeStruct`.
+      but: mesh axes that do not count.
     """
-    for reference in jax.tree.leaves(references):
-        condition = jnp.sum(jax.lax.stop_gradient(reference)) > 0
-        array = jnp.where(condition, array, array)
+    for name in sorted(mesh_axes(references) - mesh_axes(array) - set(but)):
+        one = jnp.ones((), array.dtype)
+        one = jnp.where(jax.lax.axis_index(name) >= 0, one, one)
+        array = array & one if array.dtype == jnp.bool_ else array * one
     return array
+
+
+def mesh_axes(arrays: Any) -> frozenset[str]:
+    """Returns the mesh axes of `jax.shard_map` that some of the arrays vary over."""
+    axes: frozenset[str] = frozenset()
+    for leaf in jax.tree.leaves(arrays):
+        kind = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jax.typeof(leaf)
+        manual = getattr(kind, "manual_axis_type", None)  # `vma` before jax 0.8
+        found = getattr(kind, "vma", None) or getattr(manual, "varying", None)
+        axes |= frozenset(found or ())
+    return axes

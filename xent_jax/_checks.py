@@ -105,6 +105,24 @@ def check_number(
         fail(ValueError, function, argument, expected, repr(value))
 
 
+def check_axis_name(function: str, argument: str, name: object) -> None:
+    """Raises unless `name` is `None` or names mesh axes of this `jax.shard_map`."""
+    if name is None:
+        return
+    names = name if isinstance(name, tuple) else (name,)
+    if not all(isinstance(one, str) for one in names):
+        expected = "be the name of a mesh axis or a tuple of them"
+        fail(TypeError, function, argument, expected, repr(name))
+    if not names or len(set(names)) != len(names):
+        fail(ValueError, function, argument, "name different mesh axes", repr(name))
+    for one in names:
+        try:
+            jax.lax.axis_size(one)
+        except NameError:
+            expected = "name a mesh axis of the jax.shard_map that the call is in"
+            fail(ValueError, function, argument, expected, repr(one))
+
+
 def canonical_axes(
     function: str, axis: int | Sequence[int] | None, ndim: int
 ) -> tuple[int, ...]:

@@ -4,6 +4,10 @@ A `jax.custom_jvp` over the statistics of `_numerics`. Its rule is the closed fo
 "mean parameter minus target", wrapped in `jax.checkpoint`: forward mode, reverse mode
 and every nesting of the two follow from it, and reverse mode keeps the logits and a
 few numbers a row, but no softmax.
+
+Where the classes are sharded, every sum over them is one over the classes here until
+`ClassAxis.total` adds up all of a row's sums at once: two all-reduces for the terms,
+the first for the best rival, and one for their tangents.
 """
 
 import functools
@@ -12,17 +16,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xent_jax import _numerics
-from xent_jax._class_reductions import sum_classes
+from xent_jax import _numerics, _spread
+from xent_jax._blocks import varying
+from xent_jax._class_axis import ClassAxis
+from xent_jax._class_reductions import SPLIT_SUM
 from xent_jax._numerics import LabelStatistics, Masked
+from xent_jax._spread import SpreadSums
 
 
 class LabelConfig(NamedTuple):
     """What is static in the label core."""
 
-    axis: int
+    classes: ClassAxis
     spread: bool  # whether the loss of evenly spread targets is wanted
     normalizer: bool  # whether the log-normaliser is wanted
+    weight: bool = False  # whether the weight of the label's class is wanted
 
 
 class LabelTerms(NamedTuple):
@@ -31,6 +39,15 @@ class LabelTerms(NamedTuple):
     loss: jax.Array  # log-normaliser − x_y
     spread: jax.Array | None  # Σ_j w_j (log-normaliser − x_j) over the kept classes
     log_normalizer: jax.Array | None
+    weight: jax.Array | None = None  # w_y, also where the label's class is dropped
+
+
+class LabelResults(NamedTuple):
+    """The terms, and what their derivatives are made of."""
+
+    terms: LabelTerms
+    statistics: LabelStatistics
+    total: jax.Array | None  # the `total_weight` of the rows, for the spread
 
 
 class LabelDot(NamedTuple):
@@ -39,6 +56,17 @@ class LabelDot(NamedTuple):
     loss: jax.Array
     spread: jax.Array | None
     log_normalizer: jax.Array
+    weight: jax.Array | None = None
+
+
+class _Sums(NamedTuple):
+    """The sums over the classes that the results of a row are made of."""
+
+    rivals: jax.Array
+    label_logit: jax.Array
+    spread: SpreadSums | None
+    total: jax.Array | None
+    weight: jax.Array | None
 
 
 class Coefficients(NamedTuple):
@@ -73,152 +101,158 @@ def label_terms(
 
     Args:
       config: static.
-      logits: floating, any dtype.
-      labels: int32, of size 1 along the class axis; negative where not a class.
+      logits: floating, any dtype; of the classes here, as all arrays are.
+      labels: int32, of size 1 along the class axis; negative where not a class. Ids
+        count over all shards.
       class_weights: of size V along the class axis and 1 along the others.
       keep_class: of the logits' shape, or of size 1 along other axes.
-      keep_row: of size 1 along the class axis.
+      keep_row: of size 1 along the class axis, the same on all shards.
     """
     inputs = Masked(logits, keep_class, keep_row)
-    terms, _ = _label_terms(config, inputs, labels, class_weights)
-    return terms
+    return label_results(config, inputs, labels, class_weights).terms
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _label_terms(
+def label_results(
     config: LabelConfig,
     inputs: Masked,
     labels: jax.Array,
     class_weights: jax.Array | None,
-) -> tuple[LabelTerms, LabelStatistics]:
+) -> LabelResults:
     """Returns the terms, and the statistics that their derivatives are made of."""
-    statistics = _numerics.label_statistics(inputs, labels, config.axis)
-    spread = None
+    return _results(config, inputs, labels, class_weights)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _results(
+    config: LabelConfig,
+    inputs: Masked,
+    labels: jax.Array,
+    class_weights: jax.Array | None,
+) -> LabelResults:
+    classes = config.classes
+    best_rival = _numerics.best_rival(inputs, labels, classes)
+    pivot = _numerics.pivot_of(best_rival)
+    spread = total = weight = None
     if config.spread:
-        spread = _spread(config.axis, inputs, labels, class_weights, statistics)
+        # The differences are taken from the best rival, which is known before the
+        # largest logit is, so that the sums share a pass over the logits.
+        spread = SpreadSums(
+            _spread.rivals_below(classes, inputs, labels, class_weights, pivot),
+            *_spread.split_weight(inputs, labels, class_weights, classes),
+        )
+        total = _spread.total_weight(inputs, class_weights, classes)
+    if config.weight:
+        weight = _spread.label_weight(inputs, labels, class_weights, classes)
+    sums = classes.total(
+        _Sums(
+            _numerics.sum_of_rivals(SPLIT_SUM, inputs, labels, pivot, classes),
+            _numerics.label_logits(classes, inputs, labels),
+            spread,
+            total,
+            weight,
+        )
+    )
+    label_logit = _numerics.defined(sums.label_logit, labels)
+    statistics = _numerics.settled(best_rival, sums.rivals, label_logit)
     terms = LabelTerms(
         statistics.loss,
-        spread,
+        None if sums.spread is None else _spread.settled(sums.spread, statistics),
         statistics.log_normalizer if config.normalizer else None,
+        sums.weight,
     )
-    terms = jax.tree.map(lambda term: _numerics.zero_where_dropped(term, inputs), terms)
-    return terms, statistics
+    terms = jax.tree.map(
+        lambda term: _numerics.zero_in_dropped_rows(term, inputs), terms
+    )
+    return LabelResults(terms, statistics, sums.total)
 
 
-def _spread(
-    axis: int,
-    inputs: Masked,
-    labels: jax.Array,
-    class_weights: jax.Array | None,
-    statistics: LabelStatistics,
-) -> jax.Array:
-    """Returns Σ_j w_j (log-normaliser − x_j), from non-negative terms alone.
-
-    The differences are taken from the best rival, which is known before the largest
-    logit is, so that the sum shares its pass over the logits with the normaliser's.
-    """
-    below = rivals_below(axis, inputs, labels, class_weights, statistics.pivot)
-    rivals, own = split_weight(inputs, labels, class_weights, axis)
-    return settled_spread(below, rivals, own, statistics)
-
-
-def rivals_below(
-    axis: int,
-    inputs: Masked,
-    labels: jax.Array,
-    class_weights: jax.Array | None,
-    pivot: jax.Array,
-) -> jax.Array:
-    """Returns Σ_{j≠y} w_j (pivot − x_j) over the kept classes."""
-
-    def rival_term(
-        inputs: Any, index: Any, labels: Any, weights: Any, pivot: Any
-    ) -> Any:
-        below = pivot - _numerics.masked(inputs)
-        if weights is not None:
-            # A weight of 0 drops an infinite difference.
-            below = weights * jnp.where(weights == 0, 0, below)
-        below = jnp.where(index == labels, 0, below)
-        return _numerics.zero_where_dropped(below, inputs)
-
-    index = _numerics.class_index(inputs.logits, axis)
-    operands = (inputs, index, labels, class_weights, pivot)
-    return sum_classes(rival_term, operands, axis)
-
-
-def settled_spread(
-    below: jax.Array, rivals: jax.Array, own: jax.Array, statistics: LabelStatistics
-) -> jax.Array:
-    """Returns Σ_j w_j (log-normaliser − x_j) from the sums over the rivals.
-
-    Args:
-      below: Σ_{j≠y} w_j (pivot − x_j).
-      rivals: the sum of the kept rivals' weights.
-      own: the label's weight, 0 where its class is dropped.
-      statistics: of the row.
-    """
-    # Where every rival is impossible the pivot is a stand-in, and so is the rise.
-    rise = jnp.where(rivals == 0, 0, statistics.largest - statistics.pivot)
-    gap = jnp.where(own == 0, 0, statistics.loss - statistics.log_mass)
-    fixed = (rivals + own) * statistics.log_mass
-    return below + rivals * rise + own * gap + fixed
-
-
-def split_weight(
-    inputs: Masked, labels: jax.Array, class_weights: jax.Array | None, axis: int
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the sum of the kept rivals' weights and the label's weight, a row."""
-    hit = _numerics.class_index(inputs.logits, axis) == labels
-    rival = ~hit
-    if inputs.keep_class is not None:
-        hit, rival = hit & inputs.keep_class, rival & inputs.keep_class
-    rivals = _sum_of_weights(rival, inputs, class_weights, axis)
-    return rivals, _sum_of_weights(hit, inputs, class_weights, axis)
-
-
-def _sum_of_weights(
-    chosen: jax.Array, inputs: Masked, class_weights: jax.Array | None, axis: int
-) -> jax.Array:
-    """Returns the sum of the chosen classes' weights, or their number, a row."""
-    count = chosen.astype(_numerics.accumulation_dtype(inputs.logits.dtype))
-    if class_weights is None:
-        return jnp.sum(count, axis=axis, keepdims=True)
-    # The sum gives the weights the mask's sharding, which a select asks for.
-    weights = jnp.where(chosen, class_weights + 0 * count, 0)
-    return jnp.sum(weights, axis=axis, keepdims=True)
-
-
-def total_weight(
-    inputs: Masked, class_weights: jax.Array | None, axis: int
-) -> jax.Array:
-    """Returns the sum of the kept classes' weights, or their number, a row."""
-    if inputs.keep_class is None:
-        if class_weights is not None:
-            return jnp.sum(class_weights, axis=axis, keepdims=True)
-        dtype = _numerics.accumulation_dtype(inputs.logits.dtype)
-        return jnp.full((1,) * inputs.logits.ndim, inputs.logits.shape[axis], dtype)
-    return _sum_of_weights(inputs.keep_class, inputs, class_weights, axis)
-
-
-@functools.partial(_label_terms.defjvp, symbolic_zeros=True)
-def _label_terms_jvp(
+@functools.partial(label_results.defjvp, symbolic_zeros=True)
+def _label_results_jvp(
     config: LabelConfig, primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[Any, Any]:
-    inputs, labels, class_weights = primals
+) -> tuple[LabelResults, LabelResults]:
     # The function itself, not its formula: a higher derivative then applies this rule.
-    terms, statistics = _label_terms(config, *primals)
+    results = label_results(config, *primals)
+    dot, total_dot = config.classes.total(
+        (
+            _local_dot(config, primals, results, tangents),
+            _total_dot(config, primals[0], tangents[2]),
+        )
+    )
+    if total_dot is None and results.total is not None:
+        total_dot = jnp.zeros_like(results.total)
+    statistics = statistics_dot(results.statistics, dot)
+    return results, LabelResults(_terms_dot(config, dot), statistics, total_dot)
+
+
+def _local_dot(
+    config: LabelConfig,
+    primals: tuple[Any, ...],
+    results: LabelResults,
+    tangents: tuple[Any, ...],
+) -> LabelDot:
+    """Returns what the classes here add to the tangents."""
     logits_dot = _numerics.unless_zero(tangents[0].logits)
     weights_dot = _numerics.unless_zero(tangents[2])
-    total = None
-    if config.spread:
-        total = total_weight(inputs, class_weights, config.axis)
     rule = jax.checkpoint(functools.partial(label_terms_dot, config), prevent_cse=False)
-    dot = rule(
-        inputs, labels, class_weights, total, statistics, logits_dot, weights_dot
-    )
+    return rule(*primals, results.total, results.statistics, logits_dot, weights_dot)
+
+
+def _total_dot(
+    config: LabelConfig, inputs: Masked, weights_dot: Any
+) -> jax.Array | None:
+    """Returns what the classes here add to the tangent of the total weight."""
+    weights_dot = _numerics.unless_zero(weights_dot)
+    if weights_dot is None or not config.spread:
+        return None
+    return _spread.total_weight(inputs, weights_dot, config.classes)
+
+
+def _terms_dot(config: LabelConfig, dot: LabelDot) -> LabelTerms:
     normalizer_dot = dot.log_normalizer if config.normalizer else None
-    terms_dot = LabelTerms(dot.loss, dot.spread, normalizer_dot)
-    return (terms, statistics), (terms_dot, statistics_dot(statistics, dot))
+    return LabelTerms(dot.loss, dot.spread, normalizer_dot, dot.weight)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def partial_label_terms(
+    config: LabelConfig,
+    inputs: Masked,
+    labels: jax.Array,
+    class_weights: jax.Array | None,
+    results: LabelResults,
+) -> LabelTerms:
+    """Returns the terms in `results`, of which every shard has its part's derivative.
+
+    Terms vary over the shards as far as differentiation is concerned, though their
+    values do not: a derivative by the logits, or the class weights, is what the classes
+    here add to it. Reverse mode so transposes no collective, which JAX turns into a
+    second sum over the shards where it does not check what varies
+    (`check_vma=False`). Derivatives of that derivative, which is made of `results`, are
+    whole. Without shards this is a copy of `results.terms`.
+
+    Args:
+      config: static.
+      inputs: the logits and their masks.
+      labels: as of `label_terms`.
+      class_weights: as of `label_terms`.
+      results: `label_results` of the same arguments, a constant for the first
+        derivative.
+    """
+    return _partial(results.terms, inputs)
+
+
+@functools.partial(partial_label_terms.defjvp, symbolic_zeros=True)
+def _partial_label_terms_jvp(
+    config: LabelConfig, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[LabelTerms, LabelTerms]:
+    dot = _local_dot(config, primals[:3], primals[3], tangents)
+    terms_dot = _terms_dot(config, dot)
+    return partial_label_terms(config, *primals), _partial(terms_dot, primals[0])
+
+
+@jax.jit
+def _partial(terms: LabelTerms, inputs: Masked) -> LabelTerms:
+    return jax.tree.map(lambda term: varying(term, inputs.logits), terms)
 
 
 def statistics_dot(statistics: LabelStatistics, dot: LabelDot) -> LabelStatistics:
@@ -227,13 +261,12 @@ def statistics_dot(statistics: LabelStatistics, dot: LabelDot) -> LabelStatistic
     The largest logit and the pivot are constants: what they shift does not depend on
     them.
     """
-    constant = jnp.zeros_like(statistics.largest)
     return LabelStatistics(
         loss=dot.loss,
         log_normalizer=dot.log_normalizer,
-        largest=constant,
+        largest=jnp.zeros_like(statistics.largest),
         log_mass=dot.log_normalizer,
-        pivot=constant,
+        pivot=jnp.zeros_like(statistics.pivot),
         rival_scale=-statistics.rival_scale * dot.log_normalizer,
         rival_mass=statistics.label_mass * dot.loss,
         label_mass=-statistics.label_mass * dot.loss,
@@ -250,23 +283,24 @@ def label_terms_dot(
     logits_dot: jax.Array | None,
     weights_dot: jax.Array | None,
 ) -> LabelDot:
-    """Returns the tangents of all label terms, linear in the two directions.
+    """Returns what the classes here add to the tangents, linear in two directions.
 
-    `total` is the `total_weight` of the rows, for the spread.
+    `total` is the `total_weight` of the rows over all shards, for the spread.
     """
-    axis = config.axis
+    classes = config.classes
     values = _numerics.masked(inputs)
 
     def inner(coefficients: jax.Array, direction: jax.Array) -> jax.Array:
         coefficients = _numerics.zero_where_dropped(coefficients, inputs)
-        return jnp.sum(coefficients * direction, axis=axis, keepdims=True)
+        return jnp.sum(coefficients * direction, axis=classes.axis, keepdims=True)
 
-    zero = _numerics.zero_where_dropped(jnp.zeros_like(statistics.loss), inputs)
+    zero = _numerics.zero_in_dropped_rows(jnp.zeros_like(statistics.loss), inputs)
     loss, normalizer, spread = zero, zero, zero
+    weight = zero if config.weight else None
+    hit = _numerics.class_index(values, classes) == labels
     if logits_dot is not None:
         direction = logits_dot.astype(values.dtype)
         direction = _numerics.zero_where_dropped(direction, inputs)
-        hit = _numerics.class_index(values, axis) == labels
         rival = jnp.exp(values - statistics.pivot) * statistics.rival_scale
         loss = inner(jnp.where(hit, -statistics.rival_mass, rival), direction)
         softmax = jnp.where(hit, statistics.label_mass, rival)
@@ -280,4 +314,8 @@ def label_terms_dot(
             jnp.broadcast_to(weights_dot, values.shape), inputs
         )
         spread = spread + inner(surprise, direction)
-    return LabelDot(loss, spread if config.spread else None, normalizer)
+    if config.weight and weights_dot is not None:
+        weight = _spread.label_weight(inputs, labels, weights_dot, classes)
+        weight = _numerics.zero_in_dropped_rows(weight, inputs)
+    spread = spread if config.spread else None
+    return LabelDot(loss, spread, normalizer, weight)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from xent_jax._class_axis import ClassAxis
 from xent_jax._numerics import accumulation_dtype
 
 
@@ -64,11 +65,13 @@ def capped(linear: jax.Array, bias: Any, softcap: Any) -> jax.Array:
     return linear
 
 
-def class_total(layer: Layer, dtype: jnp.dtype) -> jax.Array:
+def class_total(layer: Layer, dtype: jnp.dtype, class_axis: ClassAxis) -> jax.Array:
     """Returns the sum of the kept classes' weights, or their number, [1, 1]."""
-    weights = layer.class_weights
+    weights, classes = layer.class_weights, layer.kernel.shape[1]
+    if weights is None and layer.class_mask is None:
+        return jnp.full((1, 1), class_axis.count(classes), dtype)
     if weights is None:
-        weights = jnp.ones((1, layer.kernel.shape[1]), dtype)
+        weights = jnp.ones((1, classes), dtype)
     if layer.class_mask is not None:
         weights = jnp.where(layer.class_mask, weights, 0)
-    return jnp.sum(weights, axis=-1, keepdims=True)
+    return class_axis.total(jnp.sum(weights, axis=-1, keepdims=True))

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import functools
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _blocks, _linear_arguments
-from xent_jax._label_terms import Coefficients, LabelConfig, combined
-from xent_jax._layer import class_total
-from xent_jax._linear_arguments import Head
-from xent_jax._linear_sum import SumConfig, linear_loss_sum
-from xent_jax._linear_terms import TermsConfig, linear_terms
-from xent_jax._numerics import accumulation_dtype
+from xent_jax import _linear_arguments, _linear_meshes
+from xent_jax._class_axis import AxisName
+from xent_jax._linear_loss import linear_loss
 
 
 def linear_softmax_cross_entropy(
@@ -31,6 +27,8 @@ def linear_softmax_cross_entropy(
     class_weights: ArrayLike | None = None,
     z_loss: ArrayLike = 0.0,
     softcap: ArrayLike | None = None,
+    class_axis_name: AxisName = None,
+    batch_axis_name: AxisName = None,
     row_block: int | None = None,
     class_block: int | None = None,
 ) -> jax.Array:
@@ -72,16 +70,35 @@ def linear_softmax_cross_entropy(
     * A rematerialisation policy that saves dots, such as
       `jax.checkpoint_policies.dots_saveable`, saves the blocks of logits: leave the
       loss out of it.
-    * With rows sharded over a mesh, use `jax.shard_map` or `reduction=None`: a scalar
-      reduction under plain `jax.jit` gathers the rows of a block. Meshes of Explicit
-      axes need `jax.shard_map`.
     * With a scalar reduction, a block of rows that `where` drops altogether does no
       matmul. That pays where dropped rows lie together, as prompts do in fine-tuning;
-      under `jax.vmap` nothing is skipped.
+      under `jax.vmap`, and with `class_axis_name`, nothing is skipped.
+
+    On a mesh, call it inside `jax.shard_map`: rows sharded over `batch_axis_name`,
+    classes over `class_axis_name`, or both. Every device goes over its rows and its
+    slice of the kernel, and nothing but sums is sent. With N rows a device, value and
+    gradient take
+
+    * for `class_axis_name`, an all-reduce of 1 and one of 2 float32 numbers a row (4
+      more for smoothing, 1 for class weights), block by block with a scalar reduction,
+      and one of the features' gradient, N·D numbers; with `reduction=None` and
+      `check_vma=False` one more of a few numbers a row;
+    * for `batch_axis_name`, one of what a device holds of the kernel's gradient;
+    * and a few single numbers.
+
+    With `check_vma=False` take gradients outside of the
+    `shard_map`: inside, JAX would sum them over the mesh once more. Without it,
+
+    * on a mesh of Explicit axes this is what happens by itself: rows are sharded as
+      `hidden`, classes as `kernel`;
+    * on Auto axes a scalar reduction without `where` is as good with rows, classes or
+      both sharded: mask rows by `weights`. With `where`, the rows of a block are
+      gathered, and with `reduction=None` and sharded classes the kernel is.
 
     Args:
       hidden: `float[..., D]`. Features, with any number of batch axes.
-      kernel: `float[D, V]`. As Flax has it; `embedding.T` for a tied embedding.
+      kernel: `float[D, V]`. As Flax has it; `embedding.T` for a tied embedding. Inside
+        `shard_map` this and all else of size V is the device's slice.
       labels: `int[...]`, the shape of `hidden` without its last axis. Class ids in
         `[0, V)`; any other id gives NaN in the loss and in that row's gradient, unless
         `where` drops the row.
@@ -101,8 +118,15 @@ def linear_softmax_cross_entropy(
       class_weights: `float[V]`. Multiplies the targets, smoothing term included.
       z_loss: Non-negative coefficient of `log_normalizer²`, which is added.
       softcap: Positive. Keeps the logits within `±softcap`; applied before masks.
-      row_block: Rows a block, with a scalar reduction.
-      class_block: Classes a block, with `reduction=None`.
+      class_axis_name: Inside `jax.shard_map`, the mesh axis (or axes) that the classes
+        are sharded over; rows are the same along it. Class ids, the V of smoothing and
+        the masks then count over all devices. Pad V to a multiple of their number, with
+        a `class_mask` that is false there.
+      batch_axis_name: Inside `jax.shard_map`, the mesh axis (or axes) that the rows are
+        sharded over, for a scalar reduction: the sum or the mean over all devices, also
+        where their weights differ.
+      row_block: Rows a block (of a device), with a scalar reduction.
+      class_block: Classes a block (of a device), with `reduction=None`.
 
     Returns:
       `float32[...]` (float64 for float64 features), one loss per row, or
@@ -115,7 +139,9 @@ def linear_softmax_cross_entropy(
         not integers, a mask is not boolean, a block size is not an integer.
       ValueError: A shape differs from what is said here (nothing is broadcast), there
         are no classes, an option is out of its range, `reduction` is none of the three,
-        a block size is given that does not apply to it.
+        a block size or `batch_axis_name` is given that does not apply to it, a name is
+        of no mesh axis of this `jax.shard_map`, or `hidden` or `kernel` are sharded
+        over their features on a mesh of Explicit axes.
 
     Examples:
       >>> import jax
@@ -145,196 +171,24 @@ def linear_softmax_cross_entropy(
     """
     function = "linear_softmax_cross_entropy"
     _linear_arguments.check_reduction(function, reduction)
-    head = _linear_arguments.read_head(
-        function,
-        hidden,
-        kernel,
-        labels,
-        bias=bias,
-        where=where,
-        class_mask=class_mask,
-        softcap=softcap,
-        weights=weights,
-        class_weights=class_weights,
-    )
-    rows, layer = head.rows, head.layer
-    dtype = rows.hidden.dtype
-    smoothing = _arguments.read_scalar(
-        function, "label_smoothing", label_smoothing, dtype, highest=1
-    )
-    z_coefficient = _arguments.read_scalar(function, "z_loss", z_loss, dtype)
-    label_weights = _label_weights(head)
-    own, spread = label_weights, None
-    if smoothing is not None:
-        own = _times(1 - smoothing, own)
-        count = class_total(layer._replace(class_weights=None), smoothing.dtype)
-        spread = _times(head.weights, smoothing / jnp.maximum(count, 1))
-    square = None if z_coefficient is None else _times(head.weights, z_coefficient)
-    coefficients = Coefficients(own, spread, square)
-    if reduction is None:
-        expected = "be None with reduction=None, which is blocked by class_block"
-        _linear_arguments.refuse_block(function, "row_block", row_block, expected)
-        config = _terms_config(function, head, class_block, spread=spread is not None)
-        terms = linear_terms(config, rows, layer).label
-        return combined(terms, coefficients).reshape(head.batch_shape)
-    expected = f"be None with reduction={reduction!r}, which is blocked by row_block"
-    _linear_arguments.refuse_block(function, "class_block", class_block, expected)
-    count, features = rows.hidden.shape
-    itemsize = accumulation_dtype(dtype).itemsize
-    default = _blocks.rows_per_block(count, features, layer.kernel.shape[1], itemsize)
-    config = SumConfig(
-        _linear_arguments.read_block(function, "row_block", row_block, default, count),
-        LabelConfig(-1, spread is not None, square is not None),
-        skip=where is not None,
-    )
-    ones = jnp.ones((count, 1), accumulation_dtype(dtype))
-    coefficients = Coefficients(
-        *(None if factor is None else factor * ones for factor in coefficients)
-    )
-    if coefficients.loss is None:
-        coefficients = coefficients._replace(loss=ones)
-    total = linear_loss_sum(config, rows, layer, coefficients)
-    if reduction == "sum":
-        return total
-    mass = ones if label_weights is None else label_weights * ones
-    if rows.keep is not None:
-        mass = jnp.where(rows.keep, mass, 0)
-    mass = jnp.sum(mass)
-    return jnp.where(mass == 0, 0, total / jnp.where(mass == 0, 1, mass))
-
-
-class SoftmaxStatistics(NamedTuple):
-    """What `linear_softmax_statistics` returns, each of the shape of the labels.
-
-    Attributes:
-      log_prob: log-probability of the label, in nats.
-      log_normalizer: log Σ_v exp(logits[v]).
-      entropy: −Σ_v p_v log p_v, in nats.
-      prediction: int32, the class of the largest logit.
-    """
-
-    log_prob: jax.Array
-    log_normalizer: jax.Array
-    entropy: jax.Array
-    prediction: jax.Array
-
-
-def linear_softmax_statistics(
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    *,
-    bias: ArrayLike | None = None,
-    where: ArrayLike | None = None,
-    class_mask: ArrayLike | None = None,
-    softcap: ArrayLike | None = None,
-    class_block: int | None = None,
-) -> SoftmaxStatistics:
-    """Log-probability, log-normalizer, entropy and arg max of a linear layer's softmax.
-
-        log_prob[n]       = logits[n, labels[n]] − log_normalizer[n]
-        log_normalizer[n] = log Σ_v exp(logits[n, v])
-        entropy[n]        = −Σ_v p[n, v]·log p[n, v],  p = softmax(logits)
-        prediction[n]     = arg max_v logits[n, v]
-
-    with the logits of `linear_softmax_cross_entropy`, in one pass that never holds
-    them. Perplexity is `exp(−mean(log_prob))`, accuracy `mean(prediction == labels)`,
-    a policy's ratio the exponential of a difference of `log_prob`.
-
-    Cost: that of `linear_softmax_cross_entropy` with `reduction=None`: 1 matmul of
-    N·D·V, 4 with the gradient.
-
-    Args:
-      hidden: `float[..., D]`. Features, with any number of batch axes.
-      kernel: `float[D, V]`. As Flax has it; `embedding.T` for a tied embedding.
-      labels: `int[...]`, the shape of `hidden` without its last axis. Class ids in
-        `[0, V)`; any other id makes all numbers of its row NaN but the prediction.
-      bias: `float[V]`. Added before the softcap.
-      where: `bool[...]`, the shape of `labels`. Rows that count; a dropped row has 0
-        for its numbers, gradient 0, and prediction −1.
-      class_mask: `bool[V]`. Classes that count; a dropped one has probability 0 and is
-        never predicted. The kernel's columns of dropped classes have to be finite.
-      softcap: Positive. Keeps the logits within `±softcap`; applied before masks.
-      class_block: Classes a block.
-
-    Returns:
-      `SoftmaxStatistics` of arrays of the shape of `labels`: three of float32 (float64
-      for float64 features), in nats, differentiable by `hidden`, `kernel`, `bias` and
-      `softcap` in every mode and order, and the int32 class ids `prediction`: the
-      lowest of equally large ones, −1 where the largest logit is not finite.
-
-    Raises:
-      TypeError: `hidden` or `kernel` are not floating, `labels` not integers, a mask is
-        not boolean, `class_block` is not an integer.
-      ValueError: A shape differs from what is said here (nothing is broadcast), there
-        are no classes, `softcap` or `class_block` is not positive.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from xent_jax import linear_softmax_statistics
-      >>> jnp.set_printoptions(precision=4)
-      >>> hidden = jnp.array([[1.0, 0.5], [-0.5, 2.0]])
-      >>> kernel = jnp.array([[0.2, -1.0, 0.4], [1.0, 0.3, -0.6]])
-      >>> statistics = linear_softmax_statistics(hidden, kernel, jnp.array([0, 2]))
-      >>> print(statistics.log_prob)
-      [-0.5659 -3.6962]
-      >>> print(statistics.entropy)
-      [0.9397 0.72  ]
-      >>> print(statistics.prediction)
-      [0 0]
-    """
-    function = "linear_softmax_statistics"
-    head = _linear_arguments.read_head(
-        function,
-        hidden,
-        kernel,
-        labels,
-        bias=bias,
-        where=where,
-        class_mask=class_mask,
-        softcap=softcap,
-    )
-    config = _terms_config(
-        function, head, class_block, spread=False, entropy=True, prediction=True
-    )
-    terms = linear_terms(config, head.rows, head.layer)
-    statistics = SoftmaxStatistics(
-        log_prob=0 - terms.label.loss,  # not −0
-        log_normalizer=terms.label.log_normalizer,
-        entropy=terms.entropy,
-        prediction=terms.prediction,
-    )
-    return jax.tree.map(lambda array: array.reshape(head.batch_shape), statistics)
-
-
-def _terms_config(
-    function: str,
-    head: Head,
-    class_block: int | None,
-    *,
-    spread: bool,
-    entropy: bool = False,
-    prediction: bool = False,
-) -> TermsConfig:
-    count, classes = head.rows.hidden.shape[0], head.layer.kernel.shape[1]
-    itemsize = accumulation_dtype(head.rows.hidden.dtype).itemsize
-    default = _blocks.classes_per_block(count, classes, itemsize)
-    size = _linear_arguments.read_block(
-        function, "class_block", class_block, default, classes
-    )
-    return TermsConfig(size, spread, entropy, prediction)
-
-
-def _label_weights(head: Head) -> jax.Array | None:
-    """Returns the weight of each row and of its label's class, [N, 1]."""
-    if head.layer.class_weights is None:
-        return head.weights
-    ids = jnp.maximum(head.rows.labels, 0)
-    return _times(head.weights, head.layer.class_weights[0][ids])
-
-
-def _times(left: jax.Array | None, right: jax.Array | None) -> jax.Array | None:
-    """Returns the product; `None` stands for 1."""
-    if left is None or right is None:
-        return right if left is None else left
-    return left * right
+    arguments = {
+        "hidden": hidden,
+        "kernel": kernel,
+        "labels": labels,
+        "bias": bias,
+        "where": where,
+        "weights": weights,
+        "class_mask": class_mask,
+        "label_smoothing": label_smoothing,
+        "class_weights": class_weights,
+        "z_loss": z_loss,
+        "softcap": softcap,
+    }
+    blocks = row_block, class_block
+    loss = functools.partial(linear_loss, function, reduction, blocks)
+    names = {"class_axis_name": class_axis_name, "batch_axis_name": batch_axis_name}
+    placement = _linear_meshes.placement_of(function, hidden, kernel, names)
+    if placement is not None:
+        total = reduction is not None
+        return _linear_meshes.mapped(placement, loss, arguments, total=total)
+    return loss(**arguments, **names)

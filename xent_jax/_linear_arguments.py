@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from xent_jax import _arguments, _checks
 from xent_jax._arguments import Keep, Layout
 from xent_jax._checks import Shape
+from xent_jax._class_axis import AxisName, ClassAxis
 from xent_jax._layer import Layer, Rows
 from xent_jax._numerics import accumulation_dtype
 
@@ -24,6 +25,7 @@ class Head(NamedTuple):
     batch_shape: Shape
     rows: Rows
     layer: Layer
+    classes: ClassAxis
     weights: jax.Array | None  # [N, 1], in the accumulation dtype
 
 
@@ -37,10 +39,12 @@ def read_head(
     where: ArrayLike | None,
     class_mask: ArrayLike | None,
     softcap: ArrayLike | None,
+    class_axis_name: AxisName = None,
     weights: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
 ) -> Head:
     """Returns the checked arguments."""
+    _checks.check_axis_name(function, "class_axis_name", class_axis_name)
     features = _checks.as_array(function, "hidden", hidden)
     _checks.check_floating(function, "hidden", features)
     if features.ndim == 0:
@@ -57,7 +61,7 @@ def read_head(
     dtype = accumulation_dtype(features.dtype)
     # The layout of the logits, had there been any.
     shape = (*features.shape[:-1], classes)
-    layout = Layout(function, "hidden", shape, (features.ndim - 1,))
+    layout = Layout(function, "hidden", shape, (features.ndim - 1,), class_axis_name)
     mask = _read_classes(function, "class_mask", class_mask, classes)
     keep = _arguments.read_mask(
         function, where, layout.batch_shape, layout.batch_meaning
@@ -71,7 +75,7 @@ def read_head(
         weights = weights.astype(dtype).reshape(-1, 1)
     if mask is not None:
         # As in the other losses, a row without a single kept class does not count.
-        kept = jnp.any(mask)
+        kept = layout.class_axis.largest(jnp.any(mask).astype(jnp.int32)) > 0
         keep = jnp.full(layout.batch_shape, kept) if keep is None else keep & kept
     rows = None if keep is None else layout.rows(keep)
     ids = _arguments.read_class_ids(layout, labels, Keep(None, rows)).reshape(-1, 1)
@@ -98,7 +102,13 @@ def read_head(
         mask,
         _read_classes(function, "class_weights", class_weights, classes, dtype),
     )
-    return Head(layout.batch_shape, Rows(features, ids, rows), layer, weights)
+    return Head(
+        layout.batch_shape,
+        Rows(features, ids, rows),
+        layer,
+        layout.class_axis,
+        weights,
+    )
 
 
 def _read_classes(

@@ -15,9 +15,21 @@ import jax.numpy as jnp
 
 from xent_jax import _label_terms
 from xent_jax._blocks import loop, varying, zeros
-from xent_jax._label_terms import Coefficients, LabelConfig
-from xent_jax._layer import Layer, Rows, capped, kept_hidden, product
-from xent_jax._numerics import accumulation_dtype, known_tangents, tangent_of
+from xent_jax._class_axis import psum
+from xent_jax._label_terms import Coefficients, LabelConfig, LabelTerms
+from xent_jax._layer import (
+    Layer,
+    Rows,
+    capped,
+    kept_hidden,
+    product,
+)
+from xent_jax._numerics import (
+    Masked,
+    accumulation_dtype,
+    known_tangents,
+    tangent_of,
+)
 
 
 class SumConfig(NamedTuple):
@@ -63,39 +75,38 @@ def linear_loss_sum(
 def _value(
     config: SumConfig, rows: Rows, layer: Layer, coefficients: Coefficients
 ) -> jax.Array:
-    dtype = accumulation_dtype(rows.hidden.dtype)
     kernel = layer.kernel.astype(rows.hidden.dtype)
 
     def step(total: jax.Array, block: _Block) -> tuple[jax.Array, None]:
         linear = product(block.rows.hidden, kernel)
-        loss = _block_sum(
-            config, layer, block.rows, linear, _small(layer), block.coefficients
+        logits = capped(linear, layer.bias, layer.softcap)
+        terms = _label_terms.label_terms(
+            config.terms,
+            logits,
+            block.rows.labels,
+            layer.class_weights,
+            layer.class_mask,
+            block.rows.keep,
         )
-        return total + loss, None
+        return total + _total(terms, block.coefficients), None
 
-    blocks = _split(config.row_block, rows, coefficients)
-    start = zeros((), dtype, (rows, layer, coefficients))
+    blocks = _split(config, rows, coefficients)
+    # A sum over the classes does not differ over their shards.
+    start = varying(
+        _start(rows, coefficients),
+        (rows, layer, coefficients),
+        config.terms.classes.names,
+    )
     return loop(_unless_idle(config, step), start, blocks)[0]
 
 
-def _block_sum(
-    config: SumConfig,
-    layer: Layer,
-    rows: Rows,
-    linear: jax.Array,
-    small: _Small,
-    coefficients: Coefficients,
-) -> jax.Array:
-    """Returns the loss of a block from its products with the kernel."""
-    logits = capped(linear, small.bias, small.softcap)
-    terms = _label_terms.label_terms(
-        config.terms,
-        logits,
-        rows.labels,
-        small.class_weights,
-        layer.class_mask,
-        rows.keep,
-    )
+def _start(rows: Rows, coefficients: Coefficients) -> jax.Array:
+    """Returns the sum over no rows, which varies over a mesh as their terms do."""
+    dtype = accumulation_dtype(rows.hidden.dtype)
+    return zeros((), dtype, (rows.labels, rows.keep, coefficients))
+
+
+def _total(terms: LabelTerms, coefficients: Coefficients) -> jax.Array:
     return jnp.sum(_label_terms.combined(terms, coefficients))
 
 
@@ -137,12 +148,20 @@ def _linear_loss_sum_jvp(
         tuple(dot is not None for dot in dots.coefficients),
     )
     total, gradients = _value_and_gradients(config, wanted, *primals)
-    total_dot = jnp.zeros_like(total)
-    for gradient, dot in zip(
-        jax.tree.leaves(gradients), jax.tree.leaves(dots), strict=True
-    ):
-        total_dot = total_dot + jnp.sum(gradient * dot.astype(gradient.dtype))
-    return total, total_dot
+    # Those by the coefficients are of all classes, the others of the classes here.
+    part = _inner(gradients[:-1], dots[:-1])
+    total_dot = zeros(total.shape, total.dtype, total)
+    if part is not None:
+        total_dot = total_dot + psum(part, config.terms.classes.axis_name)
+    whole = _inner(gradients.coefficients, dots.coefficients)
+    return total, total_dot if whole is None else total_dot + whole
+
+
+def _inner(gradients: Any, dots: Any) -> jax.Array | None:
+    """Returns the sum of the inner products with the tangents, `None` of nothing."""
+    pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(dots), strict=True)
+    products = [jnp.sum(bar * dot.astype(bar.dtype)) for bar, dot in pairs]
+    return functools.reduce(jnp.add, products) if products else None
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -180,9 +199,17 @@ def _scan(
     # A gradient by what is the same on all devices of a `shard_map` would be summed
     # over them here, and once more by the derivative of this function's result.
     arguments = rows, layer, coefficients
-    rows, layer, coefficients = jax.tree.map(
-        lambda array: varying(array, arguments), arguments
+    hidden = varying(rows.hidden, arguments)
+    layer = jax.tree.map(lambda array: varying(array, arguments), layer)
+    rows, coefficients = jax.tree.map(
+        lambda array: varying(array, arguments, config.terms.classes.names),
+        (rows, coefficients),
     )
+    # Rows may be typed as if they differed over the classes.
+    coefficients = jax.tree.map(
+        lambda array: varying(array, (rows.labels, rows.keep)), coefficients
+    )
+    rows = rows._replace(hidden=hidden)
     dtype = accumulation_dtype(rows.hidden.dtype)
     kernel = layer.kernel.astype(rows.hidden.dtype)
 
@@ -190,13 +217,9 @@ def _scan(
         total, kernel_bar, small_bar = carry
         hidden = block.rows.hidden
         linear = product(hidden, kernel)
-        loss, pull = jax.vjp(
-            functools.partial(_block_sum, config, layer, block.rows),
-            linear,
-            _small(layer),
-            block.coefficients,
+        loss, linear_bar, small, coefficients_bar = _block_gradients(
+            config, layer, block.rows, linear, block.coefficients
         )
-        linear_bar, small, coefficients_bar = pull(jnp.ones_like(loss))
         # As the matmuls take it: in 16 bits where the features are.
         linear_bar = linear_bar.astype(hidden.dtype)
         hidden_bar = None
@@ -213,9 +236,9 @@ def _scan(
         return (total + loss, kernel_bar, small_bar), rows_bar
 
     def start(array: jax.Array) -> jax.Array:
-        return zeros(array.shape, dtype, (rows, layer, coefficients))
+        return zeros(array.shape, dtype, array)
 
-    blocks = _split(config.row_block, rows, coefficients)
+    blocks = _split(config, rows, coefficients)
     if wanted.kernel and rows.hidden.dtype.itemsize == 2:
         # XLA:CPU is twice as fast where the left factor of half-precision numbers is
         # summed over its last axis, and folds a transposition that it can see.
@@ -223,7 +246,7 @@ def _scan(
     (total, kernel_bar, small_bar), rows_bar = scan(
         jax.checkpoint(_unless_idle(config, step), prevent_cse=False),
         (
-            zeros((), dtype, (rows, layer, coefficients)),
+            _start(rows, coefficients),
             start(layer.kernel) if wanted.kernel else None,
             jax.tree.map(start, _only(wanted.small, _small(layer))),
         ),
@@ -231,9 +254,41 @@ def _scan(
     )
     count = rows.hidden.shape[0]
     hidden_bar, coefficients_bar = jax.tree.map(
-        lambda array: _joined(array)[:count], rows_bar
+        lambda array: _joined(config, array)[:count], rows_bar
     )
     return total, _Gradients(hidden_bar, kernel_bar, small_bar, coefficients_bar)
+
+
+def _block_gradients(
+    config: SumConfig,
+    layer: Layer,
+    rows: Rows,
+    linear: jax.Array,
+    coefficients: Coefficients,
+) -> tuple[jax.Array, jax.Array, _Small, Coefficients]:
+    """Returns the loss of a block, and its gradients by all but the features.
+
+    Those by the logits and by the layer are what the classes here add: no collective is
+    transposed.
+    """
+    logits, pull_logits = jax.vjp(capped, linear, layer.bias, layer.softcap)
+    inputs = Masked(logits, layer.class_mask, rows.keep)
+    labels, weights = rows.labels, layer.class_weights
+    results = _label_terms.label_results(config.terms, inputs, labels, weights)
+
+    def partial_terms(logits: jax.Array, weights: jax.Array | None) -> LabelTerms:
+        return _label_terms.partial_label_terms(
+            config.terms, inputs._replace(logits=logits), labels, weights, results
+        )
+
+    terms, pull_terms = jax.vjp(partial_terms, logits, weights)
+    loss, pull_loss = jax.vjp(_total, results.terms, coefficients)
+    terms_bar, coefficients_bar = pull_loss(jnp.ones_like(loss))
+    terms_bar = jax.tree.map(varying, terms_bar, terms)
+    logits_bar, weights_bar = pull_terms(terms_bar)
+    linear_bar, bias_bar, softcap_bar = pull_logits(logits_bar)
+    small = _Small(bias_bar, softcap_bar, weights_bar)
+    return loss, linear_bar, small, coefficients_bar
 
 
 def _only(wanted: tuple[bool, ...], values: Any) -> Any:
@@ -242,8 +297,14 @@ def _only(wanted: tuple[bool, ...], values: Any) -> Any:
     return type(values)(*(value if want else None for want, value in pairs))
 
 
-def _split(size: int, rows: Rows, coefficients: Coefficients) -> _Block:
-    """Returns the rows in blocks of `size`; a dropped row is what is missing."""
+def _split(config: SumConfig, rows: Rows, coefficients: Coefficients) -> _Block:
+    """Returns the rows in blocks; a dropped row is what is missing.
+
+    A block has every n-th row of n blocks: where rows are sharded over a mesh, all
+    shards then have their part in every block, and none is sent around. Blocks that
+    may be left out are of rows that lie together, as dropped rows do.
+    """
+    size = config.row_block
     rows = rows._replace(hidden=kept_hidden(rows))
     count = rows.hidden.shape[0]
     blocks = -(-count // size)
@@ -255,14 +316,18 @@ def _split(size: int, rows: Rows, coefficients: Coefficients) -> _Block:
     def split(array: jax.Array) -> jax.Array:
         if not whole:
             array = jnp.pad(array, ((0, missing), (0, 0)))
-        return array.reshape(blocks, size, array.shape[-1])
+        if config.skip:
+            return array.reshape(blocks, size, array.shape[-1])
+        return array.reshape(size, blocks, array.shape[-1]).swapaxes(0, 1)
 
     return jax.tree.map(split, _Block(rows, coefficients, None))
 
 
-def _joined(blocks: jax.Array) -> jax.Array:
-    """Returns the rows of all blocks as one axis."""
+def _joined(config: SumConfig, blocks: jax.Array) -> jax.Array:
+    """Returns the rows of all blocks as one axis, in their order before `_split`."""
     count, size, features = blocks.shape
+    if not config.skip:
+        blocks = blocks.swapaxes(0, 1)
     return blocks.reshape(count * size, features)
 
 
@@ -271,19 +336,19 @@ def _unless_idle(config: SumConfig, step: Any) -> Any:
     if not config.skip:
         return step
 
-    def counted(carry: Any, block: _Block) -> tuple[Any, Any]:
-        carry, result = step(carry, block)
-        return carry, jax.tree.map(lambda array: varying(array, (carry, block)), result)
-
     def idle(carry: Any, block: _Block) -> tuple[Any, Any]:
         _, shapes = jax.eval_shape(lambda: step(carry, block))
-        nothing = jax.tree.map(
-            lambda out: zeros(out.shape, out.dtype, (carry, block)), shapes
-        )
-        return carry, nothing
+
+        def nothing(out: jax.ShapeDtypeStruct) -> jax.Array:
+            # XLA:GPU takes a constant out of the branch, and then copies the kernel's
+            # gradient in every step.
+            zero = zeros(out.shape, out.dtype, out)
+            return jnp.where(block.rows.labels[0, 0] > 0, zero, zero)
+
+        return carry, jax.tree.map(nothing, shapes)
 
     def guarded(carry: Any, block: _Block) -> tuple[Any, Any]:
         counts = jnp.any(jnp.asarray(block.rows.keep))
-        return jax.lax.cond(counts, counted, idle, carry, block)
+        return jax.lax.cond(counts, step, idle, carry, block)
 
     return guarded

@@ -13,9 +13,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xent_jax import _block_statistics, _label_terms, _numerics
+from xent_jax import (
+    _block_statistics,
+    _blocks,
+    _label_terms,
+    _linear_arguments,
+    _numerics,
+    _spread,
+)
 from xent_jax._block_statistics import BlockStatistics
-from xent_jax._blocks import loop, zeros
+from xent_jax._blocks import loop, varying, zeros
+from xent_jax._class_axis import ClassAxis
 from xent_jax._label_terms import LabelConfig, LabelDot, LabelTerms
 from xent_jax._layer import (
     Layer,
@@ -25,16 +33,43 @@ from xent_jax._layer import (
     kept_hidden,
     product,
 )
-from xent_jax._numerics import LabelStatistics, Masked, known_tangents, tangent_of
+from xent_jax._linear_arguments import Head
+from xent_jax._numerics import (
+    LabelStatistics,
+    Masked,
+    accumulation_dtype,
+    known_tangents,
+    tangent_of,
+)
 
 
 class TermsConfig(NamedTuple):
     """What is static in the terms."""
 
     class_block: int
+    classes: ClassAxis
     spread: bool
     entropy: bool
     prediction: bool
+
+
+def terms_config(
+    function: str,
+    head: Head,
+    class_block: int | None,
+    *,
+    spread: bool,
+    entropy: bool = False,
+    prediction: bool = False,
+) -> TermsConfig:
+    """Returns the configuration for the caller's block size."""
+    count, classes = head.rows.hidden.shape[0], head.layer.kernel.shape[1]
+    itemsize = accumulation_dtype(head.rows.hidden.dtype).itemsize
+    default = _blocks.classes_per_block(count, classes, itemsize)
+    size = _linear_arguments.read_block(
+        function, "class_block", class_block, default, classes
+    )
+    return TermsConfig(size, head.classes, spread, entropy, prediction)
 
 
 class LinearTerms(NamedTuple):
@@ -54,10 +89,10 @@ def linear_terms(config: TermsConfig, rows: Rows, layer: Layer) -> LinearTerms:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _value(config: TermsConfig, rows: Rows, layer: Layer) -> LinearTerms:
-    rows = rows._replace(hidden=kept_hidden(rows))
+    local = _local(config, rows, layer)
 
     def statistics_of(index: jax.Array) -> BlockStatistics:
-        block = _block(config, rows, layer, index)
+        block = _block(config, local, layer, index)
         statistics = _block_statistics.block_statistics(
             block.inputs,
             block.labels,
@@ -77,7 +112,7 @@ def _value(config: TermsConfig, rows: Rows, layer: Layer) -> LinearTerms:
 
     indices = _indices(config, layer)
     nothing = jax.tree.map(
-        lambda out: zeros(out.shape, out.dtype, (rows, layer)),
+        lambda out: zeros(out.shape, out.dtype, (local, layer)),
         jax.eval_shape(statistics_of, indices[0]),
     )
     nothing = nothing._replace(best_rival=nothing.best_rival - jnp.inf)
@@ -85,12 +120,13 @@ def _value(config: TermsConfig, rows: Rows, layer: Layer) -> LinearTerms:
         top = nothing.top._replace(logit=nothing.top.logit - jnp.inf)
         nothing = nothing._replace(top=top)
     total, _ = loop(step, nothing, indices)
+    first = config.classes.first(layer.kernel.shape[1])
+    total = _block_statistics.over_shards(total, first, config.classes)
     label_logit = _numerics.defined(total.label_logit, rows.labels)
     statistics = _numerics.settled(total.best_rival, total.rivals, label_logit)
     spread = prediction = None
     if total.spread is not None:
-        below, rivals, own = total.spread
-        spread = _label_terms.settled_spread(below, rivals, own, statistics)
+        spread = _spread.settled(total.spread, statistics)
     if total.top is not None:
         prediction = jnp.where(jnp.isfinite(total.top.logit), total.top.class_id, -1)
     label = LabelTerms(statistics.loss, spread, statistics.log_normalizer)
@@ -102,6 +138,12 @@ def _value(config: TermsConfig, rows: Rows, layer: Layer) -> LinearTerms:
         if prediction is not None:
             prediction = jnp.where(rows.keep, prediction, -1)
     return LinearTerms(label, entropy, prediction, statistics)
+
+
+def _local(config: TermsConfig, rows: Rows, layer: Layer) -> Rows:
+    """Returns the rows with their ids relative to this shard's classes."""
+    labels = rows.labels - config.classes.first(layer.kernel.shape[1])
+    return rows._replace(hidden=kept_hidden(rows), labels=labels)
 
 
 def _indices(config: TermsConfig, layer: Layer) -> jax.Array:
@@ -161,8 +203,9 @@ def _linear_terms_jvp(
         # In float32, so that reverse mode adds the blocks up in float32.
         hidden_dot = kept_hidden(rows._replace(hidden=hidden_dot))
         hidden_dot = hidden_dot.astype(terms.label.loss.dtype)
-    rows = rows._replace(hidden=kept_hidden(rows))
     dot = _terms_dot(config, rows, hidden_dot, layer, layer_dot, terms)
+    # Rows that are typed as if they differed over the classes have such terms.
+    dot = jax.tree.map(lambda array: varying(array, terms.statistics), dot)
     return terms, LinearTerms(
         LabelTerms(dot.label.loss, dot.label.spread, dot.label.log_normalizer),
         dot.entropy,
@@ -186,9 +229,17 @@ def _terms_dot(
     terms: LinearTerms,
 ) -> _TermsDot:
     """Returns the tangents of the terms, linear in those of the arguments."""
+    # What is the same on all devices of a `shard_map` would, in reverse mode, have its
+    # gradient summed over them in every step.
+    arguments = _local(config, rows, layer), hidden_dot, layer, layer_dot, terms
+    rows, hidden_dot, layer, layer_dot, terms = jax.tree.map(
+        lambda array: varying(array, arguments), arguments
+    )
     statistics = terms.statistics
-    weight = class_total(layer, terms.label.loss.dtype) if config.spread else None
-    label_config = LabelConfig(-1, config.spread, normalizer=True)
+    weight = None
+    if config.spread:
+        weight = class_total(layer, terms.label.loss.dtype, config.classes)
+    label_config = LabelConfig(ClassAxis(-1), config.spread, normalizer=True)
 
     def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
         total, dots = carry
@@ -230,7 +281,7 @@ def _terms_dot(
     # was written by hand and that has them as constants.
     start = nothing, (hidden_dot, layer_dot)
     (total, _), _ = jax.lax.scan(step, start, _indices(config, layer))
-    return total
+    return config.classes.total(total)
 
 
 def _logits_dot(

@@ -6,7 +6,7 @@ difference of two rounded numbers loses every digit once the label wins by more 
 the precision of the dtype: the loss and its gradient become exactly 0. The two
 functions of this module keep the difference instead of the numbers:
 
-* `label_statistics` (one label a row) leaves the label out of the normaliser. With
+* `settled` (one label a row) leaves the label out of the normaliser. With
   the best rival m = max_{j≠y} x_j as the pivot, R = Σ_{j≠y} exp(x_j − m) and
   w = R·exp(m − x_y), the loss is log1p(w) and the label's gradient −w / (1 + w):
   sums and products of non-negative terms, so errors add up and never amplify.
@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from xent_jax._class_axis import ClassAxis
 from xent_jax._class_reductions import (
-    SPLIT_SUM,
     Reduction,
     is_sharded,
     max_classes,
@@ -66,12 +66,15 @@ def masked(inputs: Masked) -> jax.Array:
 
 
 def zero_where_dropped(values: jax.Array, inputs: Masked) -> jax.Array:
-    """Returns `values`, exactly 0 where the row, or the class, is dropped."""
-    if inputs.keep_class is not None and values.shape == inputs.logits.shape:
+    """Returns numbers a class, exactly 0 where the row, or the class, is dropped."""
+    if inputs.keep_class is not None:
         values = jnp.where(inputs.keep_class, values, 0)
-    if inputs.keep_row is not None:
-        values = jnp.where(inputs.keep_row, values, 0)
-    return values
+    return zero_in_dropped_rows(values, inputs)
+
+
+def zero_in_dropped_rows(values: jax.Array, inputs: Masked) -> jax.Array:
+    """Returns numbers a class or a row, exactly 0 where the row is dropped."""
+    return values if inputs.keep_row is None else jnp.where(inputs.keep_row, values, 0)
 
 
 def scaled(factor: jax.Array, values: jax.Array) -> jax.Array:
@@ -121,15 +124,19 @@ def tangent_of(
     )
 
 
-def class_index(logits: jax.Array, axis: int) -> jax.Array:
-    """Returns the class ids along `axis`, of size 1 along every other axis.
+def class_index(logits: jax.Array, classes: ClassAxis) -> jax.Array:
+    """Returns the ids of the classes here, of size 1 along every other axis.
 
     Comparing with it stands in for every gather and scatter: a scatter, or a gather
     from an upcast copy, would cost a second array of the logits' size.
     """
+    axis = classes.axis
     shape = [1] * logits.ndim
     shape[axis] = logits.shape[axis]
-    return jax.lax.broadcasted_iota(jnp.int32, shape, axis % logits.ndim)
+    index = jax.lax.broadcasted_iota(jnp.int32, shape, axis % logits.ndim)
+    if classes.axis_name is None:
+        return index
+    return index + classes.first(logits.shape[axis])
 
 
 def two_sum(left: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -145,23 +152,28 @@ def two_sum(left: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def label_logits(axis: int, inputs: Masked, labels: jax.Array) -> jax.Array:
-    """Returns the logit of each row's label, of size 1 along `axis`.
+def label_logits(classes: ClassAxis, inputs: Masked, labels: jax.Array) -> jax.Array:
+    """Returns the logit of each row's label, 0 where the label is on another shard.
 
     A sum over a mask, which shares a pass over the logits with the other reductions,
     except on a CPU, where a gather saves that pass. On a mesh of Explicit axes a gather
     from a sharded array would have to be told the sharding of its result.
     """
+    axis = classes.axis
 
     def by_mask(inputs: Masked, labels: jax.Array) -> jax.Array:
         return sum_classes(
             lambda inputs, index, labels: jnp.where(index == labels, masked(inputs), 0),
-            (inputs, class_index(inputs.logits, axis), labels),
+            (inputs, class_index(inputs.logits, classes), labels),
             axis,
         )
 
     def by_gather(inputs: Masked, labels: jax.Array) -> jax.Array:
-        ids = jnp.maximum(labels, 0)
+        last = inputs.logits.shape[axis] - 1
+        here = labels - classes.first(last + 1)
+        ids = jnp.maximum(here, 0)
+        if classes.axis_name is not None:
+            ids = jnp.minimum(ids, last)
         # Half-precision bits, because XLA:CPU would convert the whole array first.
         logits, dtype = inputs.logits, inputs.logits.dtype
         if dtype.itemsize == 2:
@@ -171,7 +183,10 @@ def label_logits(axis: int, inputs: Masked, labels: jax.Array) -> jax.Array:
             picked = jax.lax.bitcast_convert_type(picked, dtype)
         kept = inputs.keep_class
         kept = None if kept is None else jnp.take_along_axis(kept, ids, axis)
-        return masked(Masked(picked, kept, inputs.keep_row))
+        picked = masked(Masked(picked, kept, inputs.keep_row))
+        return (
+            picked if classes.axis_name is None else jnp.where(ids == here, picked, 0)
+        )
 
     if is_sharded(inputs.logits):
         return by_mask(inputs, labels)
@@ -180,14 +195,14 @@ def label_logits(axis: int, inputs: Masked, labels: jax.Array) -> jax.Array:
 
 @label_logits.defjvp
 def _label_logits_jvp(
-    axis: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    classes: ClassAxis, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
     inputs, labels = primals
     values = masked(inputs)
     direction = zero_where_dropped(tangents[0].logits.astype(values.dtype), inputs)
-    hit = class_index(values, axis) == labels
-    slope = jnp.sum(jnp.where(hit, direction, 0), axis=axis, keepdims=True)
-    return label_logits(axis, inputs, labels), slope
+    hit = class_index(values, classes) == labels
+    slope = jnp.sum(jnp.where(hit, direction, 0), axis=classes.axis, keepdims=True)
+    return label_logits(classes, inputs, labels), slope
 
 
 class LabelStatistics(NamedTuple):
@@ -206,48 +221,36 @@ class LabelStatistics(NamedTuple):
     label_mass: jax.Array  # p_y
 
 
-@functools.partial(jax.jit, static_argnames="axis")
-def label_statistics(inputs: Masked, labels: jax.Array, axis: int) -> LabelStatistics:
-    """Returns the statistics of rows with one label each, without cancellation.
+def best_rival(inputs: Masked, labels: jax.Array, classes: ClassAxis) -> jax.Array:
+    """Returns the largest logit but the label's, over all shards; −inf for none."""
 
-    Args:
-      inputs: the logits and their masks.
-      labels: int32 class ids, of size 1 along `axis`; a negative id is an id outside
-        the classes and makes the whole row NaN.
-      axis: the class axis, negative.
-    """
-    best_rival, rivals = rival_statistics(SPLIT_SUM, inputs, labels, axis)
-    label_logit = defined(label_logits(axis, inputs, labels), labels)
-    return settled(best_rival, rivals, label_logit)
+    def rival(inputs: Masked, index: jax.Array, labels: jax.Array) -> jax.Array:
+        return jnp.where(index == labels, -jnp.inf, masked(inputs))
+
+    index = class_index(inputs.logits, classes)
+    local = max_classes(rival, (inputs, index, labels), classes.axis)
+    return classes.largest(local)
 
 
-def rival_statistics(
-    reduction: Reduction, inputs: Masked, labels: jax.Array, axis: int
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the best rival of each row's label and Σ_{j≠y} exp(x_j − best rival).
+def sum_of_rivals(
+    reduction: Reduction,
+    inputs: Masked,
+    labels: jax.Array,
+    pivot: jax.Array,
+    classes: ClassAxis,
+) -> jax.Array:
+    """Returns Σ_{j≠y} exp(x_j − pivot) over the classes here.
 
     The sum is a `SPLIT_SUM`, or a `SUM`, which costs less and rounds more.
     """
-    index = class_index(inputs.logits, axis)
-    operands = (inputs, index, labels)
-    best_rival = jax.lax.stop_gradient(
-        max_classes(
-            lambda inputs, index, labels: jnp.where(
-                index == labels, -jnp.inf, masked(inputs)
-            ),
-            operands,
-            axis,
-        )
+
+    def power(inputs: Masked, index: Any, labels: Any, pivot: Any) -> jax.Array:
+        return jnp.where(index == labels, 0, jnp.exp(masked(inputs) - pivot))
+
+    index = class_index(inputs.logits, classes)
+    return reduce_classes(
+        reduction, power, (inputs, index, labels, pivot), classes.axis
     )
-    rivals = reduce_classes(
-        reduction,
-        lambda inputs, index, labels, pivot: jnp.where(
-            index == labels, 0, jnp.exp(masked(inputs) - pivot)
-        ),
-        (*operands, pivot_of(best_rival)),
-        axis,
-    )
-    return best_rival, rivals
 
 
 def pivot_of(best_rival: jax.Array) -> jax.Array:
@@ -307,49 +310,56 @@ class TargetStatistics(NamedTuple):
     loss: jax.Array  # Σ t_j (log-normaliser − x_j)
     log_normalizer: jax.Array
     largest: jax.Array  # the largest logit
+    ties: jax.Array  # how many classes have it
     excess: jax.Array  # r: Σ exp(x_j − largest) − 1
     total: jax.Array  # T
     rest: jax.Array  # T without the targets of the largest logits
-    unique: jax.Array  # whether one class alone has the largest logit
 
 
-@functools.partial(jax.jit, static_argnames="axis")
+@functools.partial(jax.jit, static_argnames="classes")
 def target_statistics(
-    inputs: Masked, targets: jax.Array, axis: int
+    inputs: Masked, targets: jax.Array, classes: ClassAxis
 ) -> TargetStatistics:
     """Returns the statistics of rows with a target for every class.
 
     Args:
       inputs: the logits and their masks.
       targets: of the logits' shape, in the accumulation dtype, 0 where dropped.
-      axis: the class axis, negative.
+      classes: the class axis.
     """
-    largest = max_classes(masked, (inputs,), axis)
+    largest = classes.largest(max_classes(masked, (inputs,), classes.axis))
     operands = (inputs, targets, largest)
 
     def over(term: Callable[..., jax.Array]) -> jax.Array:
         return sum_classes(
-            lambda inputs, *others: term(masked(inputs), *others), operands, axis
+            lambda inputs, *others: term(masked(inputs), *others),
+            operands,
+            classes.axis,
         )
 
-    # Two comparisons, not one and its complement, as for `SPLIT_SUM`: a NaN, for which
-    # both are False, so reaches both sums.
-    below = over(lambda x, t, top: jnp.where(x >= top, 0, jnp.exp(x - top)))
-    ties = over(lambda x, t, top: jnp.where(x < top, 0, jnp.exp(x - top)))
-    rest = over(lambda x, t, top: jnp.where(x >= top, 0, t))
-    total = rest + over(lambda x, t, top: jnp.where(x < top, 0, t))
-    # 0·inf is never formed: a class without a target adds nothing.
-    gap = over(lambda x, t, top: t * jnp.where(t == 0, 0, top - x))
+    # Two comparisons, not one and its complement: a NaN, for which both are False, so
+    # reaches both sums, and XLA:GPU writes no mask to memory that two sums share.
+    below, ties, rest, above, gap = classes.total(
+        (
+            over(lambda x, t, top: jnp.where(x >= top, 0, jnp.exp(x - top))),
+            over(lambda x, t, top: jnp.where(x < top, 0, 1 + (x - top))),
+            over(lambda x, t, top: jnp.where(x >= top, 0, t)),
+            over(lambda x, t, top: jnp.where(x < top, 0, t)),
+            # 0·inf is never formed: a class without a target adds nothing.
+            over(lambda x, t, top: t * jnp.where(t == 0, 0, top - x)),
+        )
+    )
+    total = rest + above
     excess = below + (ties - 1)
     log_mass = jnp.log1p(excess)
     return TargetStatistics(
         loss=gap + total * log_mass,
         log_normalizer=largest + log_mass,
         largest=largest,
+        ties=ties,
         excess=excess,
         total=total,
         rest=rest,
-        unique=ties == 1,
     )
 
 
@@ -365,4 +375,5 @@ def target_gradient(
     scale = 1 / (1 + excess)
     plain = statistics.total * (jnp.exp(values - largest) * scale) - targets
     at_top = (statistics.rest - targets * excess) * scale
-    return jnp.where((values >= largest) & statistics.unique, at_top, plain)
+    unique = statistics.ties == 1
+    return jnp.where((values >= largest) & unique, at_top, plain)

@@ -64,12 +64,12 @@ def nll_loss(
     inputs = Masked(array, keep.classes, keep.rows)
     values = _numerics.masked(inputs)
     # A bad id hits every class, with NaN, so that its whole gradient row is NaN.
-    hit = (_numerics.class_index(array, layout.axis) == ids) | (ids < 0)
+    hit = (_numerics.class_index(array, layout.class_axis) == ids) | (ids < 0)
     surprise = jnp.where(ids < 0, jnp.nan, -1) * jnp.where(hit, values, 0)
     if weights is not None:
         surprise = _numerics.scaled(jnp.where(hit, weights, 0), surprise)
     loss = jnp.sum(surprise, axis=layout.axis, keepdims=True)
-    return layout.squeeze(_numerics.zero_where_dropped(loss, inputs))
+    return layout.squeeze(_numerics.zero_in_dropped_rows(loss, inputs))
 
 
 def categorical_cross_entropy(
@@ -136,7 +136,7 @@ def categorical_cross_entropy(
     values = values / jnp.sum(values, axis=layout.axis, keepdims=True)
     surprise = -jnp.log(_clip(values, epsilon))
     loss = jnp.sum(targets * surprise, axis=layout.axis, keepdims=True)
-    return layout.squeeze(_numerics.zero_where_dropped(loss, inputs))
+    return layout.squeeze(_numerics.zero_in_dropped_rows(loss, inputs))
 
 
 def binary_cross_entropy(

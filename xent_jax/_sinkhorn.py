@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from xent_jax import _arguments, _balancing, _checks, _numerics, _target_terms
-from xent_jax._balancing import AxisName, Problem
+from xent_jax._balancing import Problem
+from xent_jax._class_axis import AxisName, ClassAxis, psum
 from xent_jax._numerics import Masked, accumulation_dtype
 
 
@@ -38,9 +40,12 @@ def sinkhorn_targets(
     `num_iters`, for epsilon down to 1e-3 and scores of any offset. How soon the columns
     are balanced depends on epsilon and on the scores.
 
-    Cost: an iteration reads the scores and computes N·K exponentials; all that it
-    carries on is K potentials. The gradient keeps the scores, in the dtype of the
-    computation, and the potentials of every iteration, not Q, and repeats it.
+    Cost: N·K exponentials, which every iteration reads, and reads once more to carry K
+    potentials on; they are computed anew where potentials have moved by more than 8
+    epsilon. Under differentiation every iteration computes them: targets that are to be
+    constants are cheapest of `stop_gradient(scores)`. The gradient keeps the scores, in
+    the dtype of the computation, and the potentials of every iteration, not Q, and
+    repeats it.
 
     Args:
       scores: `float[N, K]`. Similarities of N samples and K prototypes, in the units of
@@ -71,10 +76,12 @@ def sinkhorn_targets(
 
     Raises:
       TypeError: `scores` are not floating, `where` is not boolean, `num_iters` is no
-        integer, `epsilon` or `tol` no real number, `prior` not real.
+        integer, `epsilon` or `tol` no real number, `prior` not real, `batch_axis_name`
+        no name.
       ValueError: A shape is not as above, there are no prototypes, `num_iters` is below
         1, an `epsilon` or `tol` that is a Python or NumPy number, or a `prior` that is
-        not traced, is out of its range.
+        not traced, is out of its range, `batch_axis_name` is not an axis of the mesh of
+        a `shard_map` around the call.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -175,10 +182,16 @@ def sinkhorn_cross_entropy(
     array = _checks.as_array(function, "logits", logits)
     _checks.check_floating(function, "logits", array)
     _checks.check_number(function, "temperature", temperature, 0, np.inf, inside=True)
-    targets = jax.lax.stop_gradient(
-        _targets(
-            function, scores, epsilon, num_iters, tol, where, prior, batch_axis_name
-        )
+    # Before the iteration and not after it: what is not differentiated costs less.
+    targets = _targets(
+        function,
+        _constant(scores),
+        _constant(epsilon),
+        num_iters,
+        _constant(tol),
+        where,
+        _constant(prior),
+        batch_axis_name,
     )
     meaning = "that of scores"
     _checks.check_shape(function, "logits", array, targets.shape, meaning)
@@ -187,8 +200,15 @@ def sinkhorn_cross_entropy(
     mask = _arguments.read_mask(function, where, array.shape[:1], "one a sample")
     keep = None if mask is None else mask[:, None]
     values = _scaled_logits(Masked(array.astype(dtype), None, keep), temperature)
-    terms = _target_terms.target_terms(-1, values, targets.astype(dtype), None, keep)
+    terms = _target_terms.target_terms(
+        ClassAxis(-1), values, targets.astype(dtype), None, keep
+    )
     return jnp.squeeze(terms.loss, -1)
+
+
+def _constant(value: Any) -> Any:
+    """Returns an argument, without a derivative where it is an array."""
+    return jax.lax.stop_gradient(value) if isinstance(value, jax.Array) else value
 
 
 def _scaled_logits(logits: Masked, temperature: ArrayLike) -> jax.Array:
@@ -225,6 +245,7 @@ def _targets(
     if array.shape[1] == 0:
         expected = "have at least one prototype"
         _checks.fail(ValueError, function, "scores", expected, f"shape {array.shape}")
+    _checks.check_axis_name(function, "batch_axis_name", batch_axis_name)
     dtype = accumulation_dtype(array.dtype)
     _checks.check_number(function, "epsilon", epsilon, 0, np.inf, inside=True)
     if tol is not None:
@@ -281,5 +302,5 @@ def _counted(keep: jax.Array, batch_axis_name: AxisName) -> jax.Array:
     They are all where none is kept: the targets are 0 then, and no step on the way to
     them divides by 0.
     """
-    some = _balancing.psum(jnp.sum(keep, dtype=jnp.int32), batch_axis_name) > 0
+    some = psum(jnp.sum(keep, dtype=jnp.int32), batch_axis_name) > 0
     return keep | ~some

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from xent_jax import _numerics
+from xent_jax._class_axis import ClassAxis
 from xent_jax._class_reductions import sum_classes
 from xent_jax._numerics import Masked, TargetStatistics
 
@@ -23,9 +24,19 @@ class TargetTerms(NamedTuple):
     log_normalizer: jax.Array
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+class _TargetDot(NamedTuple):
+    """What the classes here add to the tangents of a row's statistics."""
+
+    loss: jax.Array
+    log_normalizer: jax.Array
+    top: jax.Array  # of the largest logits, summed
+    below: jax.Array  # Σ_{x_j<largest} exp(x_j − largest) ẋ_j
+    rest: jax.Array
+    total: jax.Array
+
+
 def target_terms(
-    axis: int,
+    classes: ClassAxis,
     logits: jax.Array,
     targets: jax.Array,
     keep_class: jax.Array | None,
@@ -34,62 +45,88 @@ def target_terms(
     """Returns the terms that the loss of dense targets is composed of.
 
     Args:
-      axis: the class axis, negative; static.
-      logits: floating, any dtype.
+      classes: the class axis; static.
+      logits: floating, any dtype; of the classes here, as all arrays are.
       targets: of the logits' shape, in the accumulation dtype.
       keep_class: of the logits' shape.
-      keep_row: of size 1 along the class axis.
+      keep_row: of size 1 along the class axis, the same on all shards.
     """
     inputs = Masked(logits, keep_class, keep_row)
-    targets = _numerics.zero_where_dropped(targets, inputs)
-    statistics = _numerics.target_statistics(inputs, targets, axis)
+    statistics = _statistics(classes, inputs, targets)
     terms = TargetTerms(statistics.loss, statistics.log_normalizer)
-    return jax.tree.map(lambda term: _numerics.zero_where_dropped(term, inputs), terms)
+    return jax.tree.map(
+        lambda term: _numerics.zero_in_dropped_rows(term, inputs), terms
+    )
 
 
-@functools.partial(target_terms.defjvp, symbolic_zeros=True)
-def _target_terms_jvp(
-    axis: int, primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[TargetTerms, TargetTerms]:
-    logits, targets, keep_class, keep_row = primals
-    inputs = Masked(logits, keep_class, keep_row)
-    kept = _numerics.zero_where_dropped(targets, inputs)
-    statistics = _numerics.target_statistics(inputs, kept, axis)
-    logits_dot = _numerics.unless_zero(tangents[0])
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _statistics(
+    classes: ClassAxis, inputs: Masked, targets: jax.Array
+) -> TargetStatistics:
+    """Returns the statistics of every row."""
+    targets = _numerics.zero_where_dropped(targets, inputs)
+    return _numerics.target_statistics(inputs, targets, classes)
+
+
+@functools.partial(_statistics.defjvp, symbolic_zeros=True)
+def _statistics_jvp(
+    classes: ClassAxis, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[TargetStatistics, TargetStatistics]:
+    # The function itself, not its formula: a higher derivative then applies this rule.
+    statistics = _statistics(classes, *primals)
+    logits_dot = _numerics.unless_zero(tangents[0].logits)
     targets_dot = _numerics.unless_zero(tangents[1])
-    rule = jax.checkpoint(functools.partial(_target_terms_dot, axis), prevent_cse=False)
-    terms_dot = rule(inputs, targets, statistics, logits_dot, targets_dot)
-    return target_terms(axis, *primals), terms_dot
+    rule = jax.checkpoint(functools.partial(_local_dot, classes), prevent_cse=False)
+    dot = classes.total(rule(*primals, statistics, logits_dot, targets_dot))
+    largest_dot = dot.top / statistics.ties
+    # One of the largest logits is left out of the excess, so it has their tangent, and
+    # what falls is the rest relative to it.
+    below = statistics.excess - (statistics.ties - 1)
+    statistics_dot = TargetStatistics(
+        loss=dot.loss,
+        log_normalizer=dot.log_normalizer,
+        largest=largest_dot,
+        ties=jnp.zeros_like(statistics.ties),
+        excess=dot.below - below * largest_dot,
+        total=dot.total,
+        rest=dot.rest,
+    )
+    return statistics, statistics_dot
 
 
-def _target_terms_dot(
-    axis: int,
+def _local_dot(
+    classes: ClassAxis,
     inputs: Masked,
     targets: jax.Array,
     statistics: TargetStatistics,
     logits_dot: jax.Array | None,
     targets_dot: jax.Array | None,
-) -> TargetTerms:
-    """Returns the tangents of the target terms, linear in the two directions."""
+) -> _TargetDot:
+    """Returns what the classes here add, linear in the two directions."""
     values = _numerics.masked(inputs)
     targets = _numerics.zero_where_dropped(targets, inputs)
+    largest = statistics.largest
 
     def inner(coefficients: jax.Array, direction: jax.Array) -> jax.Array:
         coefficients = _numerics.zero_where_dropped(coefficients, inputs)
         direction = _numerics.zero_where_dropped(direction, inputs)
-        return jnp.sum(coefficients * direction, axis=axis, keepdims=True)
+        return jnp.sum(coefficients * direction, axis=classes.axis, keepdims=True)
 
-    zero = _numerics.zero_where_dropped(jnp.zeros_like(statistics.loss), inputs)
-    loss, normalizer = zero, zero
+    zero = _numerics.zero_in_dropped_rows(jnp.zeros_like(statistics.loss), inputs)
+    loss, normalizer, top, below, rest, total = (zero,) * 6
     if logits_dot is not None:
         direction = logits_dot.astype(values.dtype)
         loss = inner(_numerics.target_gradient(values, targets, statistics), direction)
-        scale = 1 / (1 + statistics.excess)
-        normalizer = inner(jnp.exp(values - statistics.largest) * scale, direction)
+        power = jnp.exp(values - largest)
+        normalizer = inner(power * (1 / (1 + statistics.excess)), direction)
+        below = inner(jnp.where(values >= largest, 0, power), direction)
+        top = inner((values >= largest).astype(values.dtype), direction)
     if targets_dot is not None:
-        surprise = jnp.log1p(statistics.excess) + (statistics.largest - values)
+        surprise = jnp.log1p(statistics.excess) + (largest - values)
         loss = loss + inner(surprise, targets_dot)
-    return TargetTerms(loss, normalizer)
+        rest = inner((values < largest).astype(values.dtype), targets_dot)
+        total = inner(jnp.ones_like(values), targets_dot)
+    return _TargetDot(loss, normalizer, top, below, rest, total)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -100,7 +137,7 @@ def linearized_terms(axis: int, logits: jax.Array, targets: jax.Array) -> jax.Ar
     then needs numbers a row, not the array g, and does not depend on a common offset.
     """
     inputs = Masked(logits, None, None)
-    statistics = _numerics.target_statistics(inputs, targets, axis)
+    statistics = _numerics.target_statistics(inputs, targets, ClassAxis(axis))
 
     def pull(inputs: Any, targets: Any, largest: Any) -> jax.Array:
         below = largest - _numerics.masked(inputs)
@@ -128,7 +165,7 @@ def _linearized_terms_jvp(
         return value, jnp.zeros_like(value)
     constants = jax.lax.stop_gradient((logits, targets))
     inputs = Masked(constants[0], None, None)
-    statistics = _numerics.target_statistics(inputs, constants[1], axis)
+    statistics = _numerics.target_statistics(inputs, constants[1], ClassAxis(axis))
 
     def rule(
         inputs: Masked, targets: Any, statistics: Any, direction: Any

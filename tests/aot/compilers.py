@@ -15,8 +15,10 @@ import multiprocessing
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import numpy as np
 from jax import export
 from jax.experimental import topologies
 
@@ -91,6 +93,36 @@ def compile_for_tpu(
     return _compile(_tpu_device(chip), function, arguments)
 
 
+def tpu_mesh(
+    shape: tuple[int, ...], names: tuple[str, ...], kind: str = "Auto"
+) -> jax.sharding.Mesh:
+    """A mesh of the eight chips of a v5e host, of axes of one type."""
+    types = (getattr(jax.sharding.AxisType, kind),) * len(names)
+    devices = np.array(_tpu_host()).reshape(shape)
+    return jax.sharding.Mesh(devices, names, axis_types=types)
+
+
+def compile_for_mesh(
+    mesh: jax.sharding.Mesh, function: Callable, arguments: Any, specs: Any
+) -> Compiled:
+    """Compiles a function for all devices of a mesh.
+
+    Args:
+      mesh: of devices of a topology.
+      function: what to compile.
+      arguments: a tuple of shapes and dtypes, pytrees included.
+      specs: how each of them is sharded.
+    """
+    placed = jax.tree.map(
+        lambda a, spec: jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec)
+        ),
+        arguments,
+        specs,
+    )
+    return _shown(jax.jit(function).lower(*placed).compile(), "a mesh")
+
+
 def compile_for_gpu(function: Callable, *arguments: jax.ShapeDtypeStruct) -> Compiled:
     """Compiles a function for an H100, in another process.
 
@@ -114,16 +146,25 @@ def compile_for_gpu(function: Callable, *arguments: jax.ShapeDtypeStruct) -> Com
 @functools.cache
 def _tpu_device(chip: str) -> jax.Device:
     """A device that can be compiled for and nothing else."""
+    # Up to libtpu 0.0.48 a host has 2x2x1 chips by default, and a topology smaller
+    # than a host is refused.
+    return _tpu_devices(
+        TPU_TOPOLOGIES[chip], chips_per_host_bounds=(1, 1, 1), num_slices=1
+    )[0]
+
+
+@functools.cache
+def _tpu_host() -> list[jax.Device]:
+    """Eight such devices, joined."""
+    return _tpu_devices("v5e:2x4")
+
+
+def _tpu_devices(topology: str, **options: Any) -> list[jax.Device]:
     for name, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     return topologies.get_topology_desc(
-        platform="tpu",
-        topology_name=TPU_TOPOLOGIES[chip],
-        # Up to libtpu 0.0.48 a host has 2x2x1 chips by default, and a topology smaller
-        # than a host is refused.
-        chips_per_host_bounds=(1, 1, 1),
-        num_slices=1,
-    ).devices[0]
+        platform="tpu", topology_name=topology, **options
+    ).devices
 
 
 @functools.cache
@@ -166,8 +207,12 @@ def _compile(device: jax.Device, function: Callable, arguments: tuple) -> Compil
     placed = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
     )
-    compiled = jax.jit(function).lower(*placed).compile()
+    return _shown(jax.jit(function).lower(*placed).compile(), device.device_kind)
+
+
+def _shown(compiled: jax.stages.Compiled, target: str) -> Compiled:
+    """Reads what the compiler tells of a program."""
     text, memory = compiled.as_text(), compiled.memory_analysis()
     if text is None or memory is None:
-        raise RuntimeError(f"the compiler for {device.device_kind} shows no program.")
+        raise RuntimeError(f"the compiler for {target} shows no program.")
     return Compiled(text, memory.temp_size_in_bytes)

@@ -44,6 +44,33 @@ def test_what_only_names_buffers_is_free():
     assert module.traffic == 0
 
 
+def test_collectives_count_as_often_as_they_run():
+    module = program(
+        [
+            "%i = s32[] parameter(0)",
+            f"%a = {KIB4} parameter(1)",
+            f"%state = (s32[], {KIB4}) tuple(%i, %a)",
+            f"%loop = (s32[], {KIB4}) while(%state), condition=%test, body=%step, "
+            'backend_config={"known_trip_count":{"n":"3"}}',
+            f"%b = {KIB4} all-gather(%a), dimensions={{0}}",
+            f"%c = {KIB4} all-reduce-start(%b), to_apply=%add",
+            f"ROOT %d = {KIB4} all-reduce-done(%c)",
+        ],
+        "%step (s: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {",
+        f"  %s = (s32[], {KIB4}) parameter(0)",
+        f"  %x = {KIB4} get-tuple-element(%s), index=1",
+        f"  %y = {KIB4} all-reduce(%x), to_apply=%add",
+        "  %j = s32[] get-tuple-element(%s), index=0",
+        f"  ROOT %t = (s32[], {KIB4}) tuple(%j, %y)",
+        "}",
+    )
+    assert sorted(module.collectives) == [
+        ("all-gather", 4096),
+        *[("all-reduce", 4096)] * 4,
+    ]
+    assert module.collective_kinds == {"all-gather", "all-reduce"}
+
+
 def test_memory_on_the_chip_is_free():
     on_chip = "f32[8,128]{1,0:T(8,128)S(1)}"
     module = program(
