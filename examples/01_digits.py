@@ -24,15 +24,62 @@
 # The data come with scikit-learn; nothing is downloaded. The whole run takes well under
 # a minute on two CPU cores, and the same code runs on a GPU or a TPU.
 
-# %%
-# Installing on Colab: JAX, Flax, Optax and scikit-learn are there already and need no
-# upgrade, so bring only xent_jax. Upload a wheel, or a checkout, in the file panel on
-# the left, then install it without its dependencies in a cell of its own, one of:
+# %% [markdown] tags=["setup"]
+# ## Setting up
 #
-#     %pip install --no-deps xent_jax-<version>-py3-none-any.whl
-#     %pip install --no-deps <folder of the checkout>
+# On [Colab](https://colab.research.google.com), upload this notebook
+# (File, Upload notebook), choose a runtime with a TPU, a GPU or neither, and bring the
+# library along as a wheel, the file that this makes in a checkout:
 #
-# Run the cells below after that; the runtime does not have to restart.
+#     pip wheel --no-deps .
+#
+# Upload `xent_jax-<version>-py3-none-any.whl` in the file panel on the left; the next
+# cell installs it. (Or put a checkout on your Drive, mount that, and run
+# `%pip install --no-deps <folder of the checkout>` in a cell of its own first.)
+#
+# Everything else is on Colab already and stays as it is: the cell installs nothing but
+# xent_jax (`--no-deps`), so that the runtime keeps the JAX that fits its device and
+# need not restart. Elsewhere it does nothing; there,
+# `pip install '.[examples]'` in a checkout brings all that the notebooks import.
+
+# %% tags=["setup"]
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+IN_COLAB = "google.colab" in sys.modules
+if IN_COLAB and importlib.util.find_spec("xent_jax") is None:
+    wheels = sorted(Path().glob("xent_jax-*.whl"), key=lambda p: p.stat().st_mtime)
+    if not wheels:
+        raise FileNotFoundError(
+            "upload xent_jax-<version>-py3-none-any.whl in the file panel on the left "
+            "(`pip wheel --no-deps .` in a checkout makes it), then run this cell again"
+        )
+    source = str(wheels[-1])
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*install, source], check=True)
+    importlib.invalidate_caches()
+
+# %% [markdown] tags=["setup"]
+# Are the losses right on the device at hand? `python -m xent_jax.verify` holds every
+# loss of logits and of probabilities, in three dtypes and five ways of calling it, to
+# float64 on the host. It takes about 20 seconds on two CPU cores, longer where
+# compiling takes longer, and shows how far it is. The cell runs it on Colab; elsewhere
+# set `XENT_JAX_EXAMPLE_VERIFY=1` before you start.
+
+# %% tags=["setup"]
+import jax
+
+print("devices:", jax.devices())
+if IN_COLAB or os.environ.get("XENT_JAX_EXAMPLE_VERIFY"):
+    from xent_jax import verify
+
+    # The same as the command, but in this process: a TPU serves one at a time.
+    if verify.main(["--platform", jax.default_backend()]) != 0:
+        raise RuntimeError("verify: on this device a loss is out of its bounds")
 
 # %%
 import os
@@ -49,8 +96,6 @@ from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 import xent_jax
-
-print("devices:", jax.devices())
 
 # %% [markdown]
 # Two environment variables change a run: `XENT_JAX_EXAMPLE_EPOCHS` shortens it (the

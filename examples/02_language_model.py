@@ -29,15 +29,62 @@
 # is downloaded. The run takes less than three minutes on two CPU cores, and the same
 # code runs on a GPU or a TPU.
 
-# %%
-# Installing on Colab: JAX, Flax, Optax and tqdm are there already and need no upgrade,
-# so bring only xent_jax. Upload a wheel, or a checkout, in the file panel on the left,
-# then install it without its dependencies in a cell of its own, one of:
+# %% [markdown] tags=["setup"]
+# ## Setting up
 #
-#     %pip install --no-deps xent_jax-<version>-py3-none-any.whl
-#     %pip install --no-deps <folder of the checkout>
+# On [Colab](https://colab.research.google.com), upload this notebook
+# (File, Upload notebook), choose a runtime with a TPU, a GPU or neither, and bring the
+# library along as a wheel, the file that this makes in a checkout:
 #
-# Run the cells below after that; the runtime does not have to restart.
+#     pip wheel --no-deps .
+#
+# Upload `xent_jax-<version>-py3-none-any.whl` in the file panel on the left; the next
+# cell installs it. (Or put a checkout on your Drive, mount that, and run
+# `%pip install --no-deps <folder of the checkout>` in a cell of its own first.)
+#
+# Everything else is on Colab already and stays as it is: the cell installs nothing but
+# xent_jax (`--no-deps`), so that the runtime keeps the JAX that fits its device and
+# need not restart. Elsewhere it does nothing; there,
+# `pip install '.[examples]'` in a checkout brings all that the notebooks import.
+
+# %% tags=["setup"]
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+IN_COLAB = "google.colab" in sys.modules
+if IN_COLAB and importlib.util.find_spec("xent_jax") is None:
+    wheels = sorted(Path().glob("xent_jax-*.whl"), key=lambda p: p.stat().st_mtime)
+    if not wheels:
+        raise FileNotFoundError(
+            "upload xent_jax-<version>-py3-none-any.whl in the file panel on the left "
+            "(`pip wheel --no-deps .` in a checkout makes it), then run this cell again"
+        )
+    source = str(wheels[-1])
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*install, source], check=True)
+    importlib.invalidate_caches()
+
+# %% [markdown] tags=["setup"]
+# Are the losses right on the device at hand? `python -m xent_jax.verify` holds every
+# loss of logits and of probabilities, in three dtypes and five ways of calling it, to
+# float64 on the host. It takes about 20 seconds on two CPU cores, longer where
+# compiling takes longer, and shows how far it is. The cell runs it on Colab; elsewhere
+# set `XENT_JAX_EXAMPLE_VERIFY=1` before you start.
+
+# %% tags=["setup"]
+import jax
+
+print("devices:", jax.devices())
+if IN_COLAB or os.environ.get("XENT_JAX_EXAMPLE_VERIFY"):
+    from xent_jax import verify
+
+    # The same as the command, but in this process: a TPU serves one at a time.
+    if verify.main(["--platform", jax.default_backend()]) != 0:
+        raise RuntimeError("verify: on this device a loss is out of its bounds")
 
 # %%
 import collections
@@ -56,23 +103,24 @@ from tqdm import tqdm
 
 import xent_jax
 
-print("devices:", jax.devices())
-
 # %% [markdown]
 # Two environment variables change a run: `XENT_JAX_EXAMPLE_EPOCHS` shortens or prolongs
 # it, and `XENT_JAX_EXAMPLE_FIGURE` names a file to save the figure to. An epoch here is
-# eight batches drawn at random, not the whole text.
+# eight batches drawn at random, not the whole text; a shortened run also takes smaller
+# epochs, compiles for one size of the vocabulary and measures on fewer sequences.
 
 # %%
 FULL_EPOCHS = 8
 EPOCHS = int(os.environ.get("XENT_JAX_EXAMPLE_EPOCHS", FULL_EPOCHS))
 FIGURE = os.environ.get("XENT_JAX_EXAMPLE_FIGURE")
 SEED = 0
-BATCHES = 8  # an epoch
+SMALL = EPOCHS < FULL_EPOCHS
+BATCHES = 2 if SMALL else 8  # an epoch
 BATCH = 16  # sequences
 TIME = 128  # tokens a sequence
 FEATURES = 64
 CLASSES = 32768  # rows of the embedding, columns of the head
+SIZES = (CLASSES,) if SMALL else (8192, CLASSES, 131072)  # to compile for
 MIB = 2**20
 
 # %% [markdown]
@@ -133,8 +181,8 @@ every = [sequence for tokens in encoded for sequence in sequences(tokens)]
 data = [np.stack(part) for part in zip(*every, strict=True)]
 held_out = np.arange(len(data[0])) % 10 == 9
 train_data = [part[~held_out] for part in data]
-test_data = [part[held_out] for part in data]
-print(f"{(~held_out).sum()} sequences to train on, {held_out.sum()} held out")
+test_data = [part[held_out][: BATCH if SMALL else None] for part in data]
+print(f"{len(train_data[0])} sequences to train on, {len(test_data[0])} held out")
 print(f"padding: {1 - data[-1].mean():.1%} of the labels")
 
 # %% [markdown]
@@ -243,7 +291,7 @@ def compiled_step(loss_function, classes=CLASSES):
 LOSSES = {"dense": dense_loss, "fused": fused_loss}
 steps = {}
 memory = collections.defaultdict(dict)  # [head][classes], MiB
-grid = [(n, c) for c in (8192, CLASSES, 131072) for n in LOSSES]
+grid = [(n, c) for c in SIZES for n in LOSSES]
 for name, classes in tqdm(grid, desc="compile"):
     step = compiled_step(LOSSES[name], classes)
     memory[name][classes] = step.memory_analysis().temp_size_in_bytes / MIB
