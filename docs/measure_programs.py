@@ -1,0 +1,122 @@
+"""Compiles the losses for chips that are not here, and writes `data/programs.json`.
+
+From the root of a checkout, with the extras `test` and `aot`:
+
+    PYTHONPATH=tests JAX_PLATFORMS=cpu python docs/measure_programs.py
+
+Memory is what the compiler says that a program needs beside its arguments and results;
+traffic is counted in the compiled program by `tests/aot/hlo.py`. Nothing is run and
+nothing is timed. The bounds that these numbers must keep are tests in `tests/aot`.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from aot import compilers, contracts, linear
+from aot.cases import CASES, LogitsCase
+from aot.linear import LLAMA, LinearCase, Sizes, linear_case
+
+DATA = pathlib.Path(__file__).with_name("data") / "programs.json"
+H100 = "H100"
+CHIPS = (*compilers.TPU_TOPOLOGIES, H100)
+# Powers of two, and the vocabularies of GPT-2, Llama 3 and Gemma.
+VOCABULARIES = (32768, 50257, 65536, 128256, 256000)
+PACKAGES = {"tpu": "libtpu", H100: "jax-cuda13-plugin"}
+
+
+def _head_with_logits(
+    hidden: jax.Array, kernel: jax.Array, labels: jax.Array
+) -> jax.Array:
+    """What a training loop with optax has: its loss of float32 logits."""
+    logits = (hidden @ kernel).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def _optax(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), labels
+    )
+
+
+HEADS = {
+    "optax": LinearCase("optax", optax, _head_with_logits, ("class ids",)),
+    "mean": linear_case("mean"),
+    "rows": linear_case(None),
+}
+# For the table of losses: what is usually written, beside the cases of the tests.
+OPTAX_CASE = LogitsCase("optax", optax, _optax, ("class ids",), 4)
+
+
+def compile_for(chip: str, function: Callable[..., Any], arguments: tuple) -> dict:
+    """Returns the cost of a program, or that the chip has no room for it."""
+    try:
+        if chip == H100:
+            compiled = compilers.compile_for_gpu(function, *arguments)
+        else:
+            compiled = compilers.compile_for_tpu(chip, function, *arguments)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"fits": False}
+    return {
+        "temp_bytes": compiled.temp_bytes,
+        "traffic_bytes": compiled.module.traffic,
+    }
+
+
+def head(chip: str, form: str, sizes: Sizes) -> dict:
+    """Returns the cost of value and gradients of a head in bfloat16."""
+    case = HEADS[form]
+    entry = {"chip": chip, "form": form, **dataclasses.asdict(sizes)}
+    arguments = linear.arguments(case, sizes)
+    return entry | compile_for(chip, case.value_and_grad, arguments)
+
+
+def loss(chip: str, case: LogitsCase) -> dict:
+    """Returns the cost of value and gradient of a loss of bfloat16 logits."""
+    arguments = case.arguments(contracts.SHAPE, jnp.bfloat16)
+    cost = compile_for(chip, case.value_and_grad, arguments)
+    passes = cost["traffic_bytes"] / contracts.logits_bytes(jnp.bfloat16)
+    return {"chip": chip, "case": case.name, "passes": round(passes, 3)} | cost
+
+
+def log(entry: dict) -> dict:
+    """Shows progress: compiling takes minutes."""
+    print(json.dumps(entry), flush=True)
+    return entry
+
+
+def main() -> None:
+    """Compiles everything and writes the data file."""
+    chips = ("v5e", H100)
+    vocabularies = [
+        log(head("v5e", form, dataclasses.replace(LLAMA, classes=classes)))
+        for classes in VOCABULARIES
+        for form in HEADS
+    ]
+    heads = [log(head(chip, form, LLAMA)) for chip in CHIPS for form in HEADS]
+    losses = [log(loss(chip, case)) for case in (OPTAX_CASE, *CASES) for chip in chips]
+    versions = {
+        name: importlib.metadata.version(name)
+        for name in ("jax", "optax", *PACKAGES.values())
+    }
+    data = {
+        "versions": versions,
+        "losses_shape": contracts.SHAPE,
+        "losses": losses,
+        "heads": heads,
+        "vocabularies": vocabularies,
+    }
+    DATA.parent.mkdir(exist_ok=True)
+    DATA.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
