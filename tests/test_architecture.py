@@ -13,7 +13,8 @@ import xent_jax
 PACKAGE = pathlib.Path(xent_jax.__file__).parent
 # A module may import from earlier lines only.
 LAYERS = [
-    {"_checks", "_class_axis", "_class_reductions", "_blocks"},
+    {"_checks", "_class_axis", "_one_device", "_blocks"},
+    {"_class_reductions"},
     {"_numerics"},
     {"_spread"},
     {"_arguments", "_label_terms", "_target_terms", "_layer", "_balancing"},

@@ -1,8 +1,8 @@
 """Reductions over the class axis that XLA does well on a CPU, a GPU and a TPU.
 
 What is reduced is an elementwise function of the logits. Everywhere but on a CPU the
-plain reduction is one pass over them; there, the sums of partial results are written
-out. Masks, labels and dtypes are the business of that function.
+plain reduction is one pass over them; there, the sums of slices are written out. Masks,
+labels and dtypes are the business of that function.
 """
 
 import functools
@@ -14,41 +14,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from xent_jax._one_device import one_device
+
 # XLA:CPU vectorises an elementwise fusion, exponentials included, but falls back to
 # slow loops, or to a materialised copy of the operand, for a reduction of anything
-# but a bare array. Classes are therefore folded: an elementwise tree over a few slices
-# of them, of many lanes each, is one fusion. With fewer lanes XLA:CPU would fuse the
-# reduction of the lanes as well, and vectorise nothing.
-_FOLDS = (8, 12, 10, 9, 7, 6, 5, 4)
-_FEWEST_LANES = 48
-# Slices are cut within groups of classes, so that classes that are sharded over 2, 4 or
-# 8 devices stay where they are.
-_GROUPS = 8
-# From here on an odd number of classes is folded whatever its divisors are.
-_MANY = 1024
-
-
+# but a bare array. The classes are therefore cut into slices: an elementwise tree over
+# them is one fusion, whose result has the lanes of one slice. With few lanes XLA:CPU
+# would fuse the reduction of the lanes as well, and vectorise nothing.
+_FEWEST_SLICES, _FEWEST_LANES = 4, 64
+# XLA:CPU does not fuse what it would have to compute more than 15 times. Slices of an
+# operand that is converted first are fewer; slices of that first result, which is not
+# to be computed again for each of them, are more.
+_MOST_SLICES = 14
+_SLICES_OF_RESULT, _FEWEST_LANES_OF_RESULT = 16, 8
 _EDGE = 2.0**-6  # a power of two, so that `_split` is exact
-
-
-class Folding(NamedTuple):
-    """How classes are folded: as (groups, folds, lanes), or into overlapping slices."""
-
-    groups: int
-    folds: int
-    lanes: int
-
-
-def _folding(size: int) -> Folding | None:
-    """Returns how `size` classes are folded, `None` where they are not."""
-    groups = math.gcd(size, _GROUPS)
-    for folds in _FOLDS:
-        lanes, rest = divmod(size, groups * folds)
-        if rest == 0 and lanes >= _FEWEST_LANES:
-            return Folding(groups, folds, lanes)
-    if groups > 1 or size < _MANY:
-        return None
-    return Folding(1, _FOLDS[0], -(-size // _FOLDS[0]))
 
 
 class Reduction(NamedTuple):
@@ -57,14 +36,46 @@ class Reduction(NamedTuple):
     Attributes:
       reduce: like `jnp.sum`, of an array over an axis.
       combine: the same for two arrays.
-      reduce_folded: of an array over its last two axes, (groups, lanes).
+      reduce_lanes: of an array over its last axis, which is kept, on a CPU.
       neutral: what changes nothing.
     """
 
     reduce: Callable[..., jax.Array]
     combine: Callable[[jax.Array, jax.Array], jax.Array]
-    reduce_folded: Callable[[jax.Array], jax.Array]
+    reduce_lanes: Callable[[jax.Array], jax.Array]
     neutral: float
+
+
+class _Slices(NamedTuple):
+    """Slices of an axis, all of one size; the last may overlap the one before it."""
+
+    starts: tuple[int, ...]
+    lanes: int
+    overlap: int
+
+    @classmethod
+    def of(cls, size: int, lanes: int) -> "_Slices":
+        """Returns the slices that cover `size` numbers."""
+        starts = range(0, size, lanes)
+        overlap = len(starts) * lanes - size
+        return cls((*starts[:-1], size - lanes), lanes, overlap)
+
+    def cut(self, array: jax.Array) -> list[jax.Array]:
+        """Returns the slices of the last axis, or of one that is to be broadcast."""
+        if array.shape[-1] == 1:
+            return [array] * len(self.starts)
+        return [array[..., start : start + self.lanes] for start in self.starts]
+
+    def combined(self, reduction: "Reduction", parts: list[jax.Array]) -> jax.Array:
+        """Returns what was made of the slices, combined in a tree, each number once."""
+        if self.overlap:
+            fresh = jnp.arange(self.lanes) >= self.overlap
+            parts = [*parts[:-1], jnp.where(fresh, parts[-1], reduction.neutral)]
+        while len(parts) > 1:
+            odd = parts[len(parts) // 2 * 2 :]
+            pairs = zip(parts[::2], parts[1::2], strict=False)
+            parts = [reduction.combine(*pair) for pair in pairs] + odd
+        return _apart(parts[0])
 
 
 def reduce_classes(
@@ -88,55 +99,33 @@ def reduce_classes(
     def plain(*operands: Any) -> jax.Array:
         return reduction.reduce(term(*operands), axis=axis, keepdims=True)
 
+    def in_slices(*operands: Any) -> jax.Array:
+        return _reduce_in_slices(reduction, term, *operands)
+
+    def on_cpu(*operands: Any) -> jax.Array:
+        # Slices of classes that are sharded would be gathered.
+        return jax.lax.cond(one_device(), in_slices, plain, *operands)
+
     leaves = jax.tree.leaves(operands)
     size = next((a.shape[axis] for a in leaves if a.shape[axis] != 1), 1)
-    # A symbolic number of classes is no int. An axis of an Explicit mesh can be split
-    # only where every shard can.
+    # A symbolic number of classes is no int. An axis of an Explicit mesh cannot be cut.
     if axis != -1 or not isinstance(size, int) or any(map(is_sharded, leaves)):
         return plain(*operands)
-    folding = _folding(size)
-    if folding is None:
+    if size < _FEWEST_SLICES * _FEWEST_LANES:
         return plain(*operands)
-    folded = functools.partial(_reduce_folded, reduction, term, folding)
-    return jax.lax.platform_dependent(*operands, cpu=folded, default=plain)
+    return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=plain)
 
 
-def _reduce_folded(
-    reduction: Reduction,
-    term: Callable[..., jax.Array],
-    folding: Folding,
-    *operands: Any,
+def _reduce_in_slices(
+    reduction: Reduction, term: Callable[..., jax.Array], *operands: Any
 ) -> jax.Array:
     leaves, structure = jax.tree.flatten(operands)
-    slices = zip(*(_slices(array, folding) for array in leaves), strict=True)
-    parts = [term(*jax.tree.unflatten(structure, leaves)) for leaves in slices]
     size = max(array.shape[-1] for array in leaves)
-    counted = folding.folds * folding.lanes - size
-    if counted:
-        # The last slice overlaps the one before it.
-        fresh = jnp.arange(folding.lanes) >= counted
-        parts[-1] = jnp.where(fresh, parts[-1], reduction.neutral)
-    while len(parts) > 1:
-        odd = parts[len(parts) // 2 * 2 :]
-        pairs = zip(parts[::2], parts[1::2], strict=False)
-        parts = [reduction.combine(*pair) for pair in pairs] + odd
-    return reduction.reduce_folded(_apart(parts[0]))[..., None]
-
-
-def _slices(array: jax.Array, folding: Folding) -> list[jax.Array]:
-    """Returns the slices of an array of V classes, or of 1: (..., groups, lanes)."""
-    groups, folds, lanes = folding
-    size = array.shape[-1]
-    if size == 1:
-        return [array[..., None]] * folds
-    if array.dtype.itemsize == 2:
-        # XLA:CPU would write slices of 16 bits that two reductions share.
-        array = array.astype(jnp.float32)
-    if size == groups * folds * lanes:
-        array = array.reshape(*array.shape[:-1], groups, folds, lanes)
-        return [array[..., index, :] for index in range(folds)]
-    starts = [min(index * lanes, size - lanes) for index in range(folds)]
-    return [array[..., None, start : start + lanes] for start in starts]
+    count = min(_MOST_SLICES, size // _FEWEST_LANES)
+    slices = _Slices.of(size, -(-size // count))
+    cuts = zip(*map(slices.cut, leaves), strict=True)
+    parts = [term(*jax.tree.unflatten(structure, cut)) for cut in cuts]
+    return reduction.reduce_lanes(slices.combined(reduction, parts))
 
 
 def _apart(array: jax.Array) -> jax.Array:
@@ -166,19 +155,25 @@ def _split_sum(values: jax.Array, **options: Any) -> jax.Array:
     return jnp.sum(small, **options) + jnp.sum(large, **options)
 
 
-def _split_sum_folded(part: jax.Array) -> jax.Array:
-    # As one complex sum, because XLA:CPU would write the exponentials to memory before
-    # it fuses them into two.
-    pair = jnp.sum(jax.lax.complex(*_split(part)), axis=-1)
-    pair = jnp.sum(_apart(pair), axis=-1)
-    return jnp.real(pair) + jnp.imag(pair)
+def _split_sum_of_lanes(part: jax.Array) -> jax.Array:
+    lanes = part.shape[-1] // _SLICES_OF_RESULT
+    if lanes < _FEWEST_LANES_OF_RESULT:
+        # As one complex sum, because XLA:CPU would write the exponentials to memory
+        # before it fuses them into two.
+        pair = jnp.sum(jax.lax.complex(*_split(part)), axis=-1, keepdims=True)
+        return jnp.real(pair) + jnp.imag(pair)
+    slices = _Slices.of(part.shape[-1], lanes)
+    small, large = zip(*map(_split, slices.cut(part)), strict=True)
+    return _sum_of_lanes(slices.combined(SUM, [*small])) + _sum_of_lanes(
+        slices.combined(SUM, [*large])
+    )
 
 
-_sum_folded = functools.partial(jnp.sum, axis=(-2, -1))
-_max_folded = functools.partial(jnp.max, axis=(-2, -1))
-SUM = Reduction(jnp.sum, operator.add, _sum_folded, 0)
-MAX = Reduction(jnp.max, jnp.maximum, _max_folded, -math.inf)
-SPLIT_SUM = Reduction(_split_sum, operator.add, _split_sum_folded, 0)
+_sum_of_lanes = functools.partial(jnp.sum, axis=-1, keepdims=True)
+_max_of_lanes = functools.partial(jnp.max, axis=-1, keepdims=True)
+SUM = Reduction(jnp.sum, operator.add, _sum_of_lanes, 0)
+MAX = Reduction(jnp.max, jnp.maximum, _max_of_lanes, -math.inf)
+SPLIT_SUM = Reduction(_split_sum, operator.add, _split_sum_of_lanes, 0)
 
 
 def sum_classes(
@@ -191,7 +186,10 @@ def sum_classes(
 def max_classes(
     term: Callable[..., jax.Array], operands: tuple[Any, ...], axis: int
 ) -> jax.Array:
-    """Returns the maximum over the classes of `term(*operands)`."""
+    """Returns the maximum over the classes of `term(*operands)`.
+
+    On a CPU, XLA may pass over a NaN.
+    """
     return reduce_classes(MAX, term, operands, axis)
 
 
