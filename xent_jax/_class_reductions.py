@@ -8,7 +8,7 @@ labels and dtypes are the business of that function.
 import functools
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,43 +66,50 @@ class _Slices(NamedTuple):
             return [array] * len(self.starts)
         return [array[..., start : start + self.lanes] for start in self.starts]
 
-    def combined(self, reduction: "Reduction", parts: list[jax.Array]) -> jax.Array:
+    def combined(
+        self,
+        combine: Callable[[jax.Array, jax.Array], jax.Array],
+        neutral: float,
+        parts: Sequence[jax.Array],
+    ) -> jax.Array:
         """Returns what was made of the slices, combined in a tree, each number once."""
         if self.overlap:
             fresh = jnp.arange(self.lanes) >= self.overlap
-            parts = [*parts[:-1], jnp.where(fresh, parts[-1], reduction.neutral)]
+            parts = [*parts[:-1], jnp.where(fresh, parts[-1], neutral)]
         while len(parts) > 1:
             odd = parts[len(parts) // 2 * 2 :]
             pairs = zip(parts[::2], parts[1::2], strict=False)
-            parts = [reduction.combine(*pair) for pair in pairs] + odd
-        return _apart(parts[0])
+            parts = [*(combine(*pair) for pair in pairs), *odd]
+        return parts[0]
 
 
 def reduce_classes(
     reduction: Reduction,
-    term: Callable[..., jax.Array],
+    terms: Callable[..., Any],
     operands: tuple[Any, ...],
     axis: int,
-) -> jax.Array:
-    """Reduces the elementwise `term(*operands)` over the class axis, which is kept.
+) -> Any:
+    """Reduces the elementwise `terms(*operands)` over the class axis, which is kept.
 
     Args:
       reduction: `SUM`, `SPLIT_SUM` or `MAX`.
-      term: an elementwise function of the operands.
+      terms: an elementwise function of the operands, which returns an array or a pytree
+        of arrays. Where one of several is NaN, all of them may be.
       operands: pytrees of arrays of one rank, of size 1 or V along `axis`.
       axis: the class axis, negative.
 
     Returns:
-      The reduction, of size 1 along `axis`.
+      The reductions of all terms, of size 1 along `axis`.
     """
 
-    def plain(*operands: Any) -> jax.Array:
-        return reduction.reduce(term(*operands), axis=axis, keepdims=True)
+    def plain(*operands: Any) -> Any:
+        reduce = functools.partial(reduction.reduce, axis=axis, keepdims=True)
+        return jax.tree.map(reduce, terms(*operands))
 
-    def in_slices(*operands: Any) -> jax.Array:
-        return _reduce_in_slices(reduction, term, *operands)
+    def in_slices(*operands: Any) -> Any:
+        return _reduce_in_slices(reduction, terms, *operands)
 
-    def on_cpu(*operands: Any) -> jax.Array:
+    def on_cpu(*operands: Any) -> Any:
         # Slices of classes that are sharded would be gathered.
         return jax.lax.cond(one_device(), in_slices, plain, *operands)
 
@@ -117,20 +124,36 @@ def reduce_classes(
 
 
 def _reduce_in_slices(
-    reduction: Reduction, term: Callable[..., jax.Array], *operands: Any
-) -> jax.Array:
+    reduction: Reduction, terms: Callable[..., Any], *operands: Any
+) -> Any:
     leaves, structure = jax.tree.flatten(operands)
     size = max(array.shape[-1] for array in leaves)
     count = min(_MOST_SLICES, size // _FEWEST_LANES)
     slices = _Slices.of(size, -(-size // count))
     cuts = zip(*map(slices.cut, leaves), strict=True)
-    parts = [term(*jax.tree.unflatten(structure, cut)) for cut in cuts]
-    return reduction.reduce_lanes(slices.combined(reduction, parts))
+    results = [terms(*jax.tree.unflatten(structure, cut)) for cut in cuts]
+    reduced: list[jax.Array] = []
+    for parts in zip(*map(jax.tree.leaves, results), strict=True):
+        part = slices.combined(reduction.combine, reduction.neutral, parts)
+        # One after the other, or XLA:CPU keeps the lanes of all in memory at once.
+        part = apart(part, *reduced[-1:])
+        reduced.append(apart(reduction.reduce_lanes(part)))
+    return jax.tree.unflatten(jax.tree.structure(results[0]), reduced)
 
 
-def _apart(array: jax.Array) -> jax.Array:
-    """Returns the array; XLA:CPU does not fuse what follows with what made it."""
-    return jnp.where(array == array, array, -array)
+def apart(array: jax.Array, after: jax.Array | None = None) -> jax.Array:
+    """Returns the array, which XLA:CPU does not fuse with a reduction that follows.
+
+    It would take parts of the expression into its library routine for reductions, and
+    write the other parts to memory, one by one.
+
+    Args:
+      array: any.
+      after: what has to be computed before. Where it is NaN, so is the result.
+    """
+    if after is None:
+        return jnp.where(array == array, array, -array)
+    return jnp.where(after == after, array, after)
 
 
 def _split(values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -155,32 +178,46 @@ def _split_sum(values: jax.Array, **options: Any) -> jax.Array:
     return jnp.sum(small, **options) + jnp.sum(large, **options)
 
 
-def _split_sum_of_lanes(part: jax.Array) -> jax.Array:
+_total = functools.partial(jnp.sum, axis=-1, keepdims=True)
+_max_of_lanes = functools.partial(jnp.max, axis=-1, keepdims=True)
+
+
+def _slices_of_result(part: jax.Array) -> _Slices | None:
+    """Returns the slices that lanes are summed in, `None` where they are few."""
     lanes = part.shape[-1] // _SLICES_OF_RESULT
-    if lanes < _FEWEST_LANES_OF_RESULT:
+    enough = lanes >= _FEWEST_LANES_OF_RESULT
+    return _Slices.of(part.shape[-1], lanes) if enough else None
+
+
+def _sum_of_lanes(part: jax.Array) -> jax.Array:
+    slices = _slices_of_result(part)
+    if slices is not None:
+        part = apart(slices.combined(operator.add, 0, slices.cut(part)))
+    return _total(part)
+
+
+def _split_sum_of_lanes(part: jax.Array) -> jax.Array:
+    slices = _slices_of_result(part)
+    if slices is None:
         # As one complex sum, because XLA:CPU would write the exponentials to memory
         # before it fuses them into two.
         pair = jnp.sum(jax.lax.complex(*_split(part)), axis=-1, keepdims=True)
         return jnp.real(pair) + jnp.imag(pair)
-    slices = _Slices.of(part.shape[-1], lanes)
-    small, large = zip(*map(_split, slices.cut(part)), strict=True)
-    return _sum_of_lanes(slices.combined(SUM, [*small])) + _sum_of_lanes(
-        slices.combined(SUM, [*large])
+    small, large = (
+        apart(slices.combined(operator.add, 0, parts))
+        for parts in zip(*map(_split, slices.cut(part)), strict=True)
     )
+    return _total(small) + _total(large)
 
 
-_sum_of_lanes = functools.partial(jnp.sum, axis=-1, keepdims=True)
-_max_of_lanes = functools.partial(jnp.max, axis=-1, keepdims=True)
 SUM = Reduction(jnp.sum, operator.add, _sum_of_lanes, 0)
 MAX = Reduction(jnp.max, jnp.maximum, _max_of_lanes, -math.inf)
 SPLIT_SUM = Reduction(_split_sum, operator.add, _split_sum_of_lanes, 0)
 
 
-def sum_classes(
-    term: Callable[..., jax.Array], operands: tuple[Any, ...], axis: int
-) -> jax.Array:
-    """Returns Σ over the classes of `term(*operands)`, of size 1 along `axis`."""
-    return reduce_classes(SUM, term, operands, axis)
+def sum_classes(terms: Callable[..., Any], operands: tuple[Any, ...], axis: int) -> Any:
+    """Returns Σ over the classes of `terms(*operands)`, of size 1 along `axis`."""
+    return reduce_classes(SUM, terms, operands, axis)
 
 
 def max_classes(

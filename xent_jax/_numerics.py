@@ -328,32 +328,31 @@ def target_statistics(
       classes: the class axis.
     """
     largest = classes.largest(max_classes(masked, (inputs,), classes.axis))
-    operands = (inputs, targets, largest)
 
-    def over(term: Callable[..., jax.Array]) -> jax.Array:
-        return sum_classes(
-            lambda inputs, *others: term(masked(inputs), *others),
-            operands,
-            classes.axis,
-        )
-
-    # Two comparisons, not one and its complement: a NaN, for which both are False, so
-    # reaches both sums, and XLA:GPU writes no mask to memory that two sums share.
-    below, ties, rest, above, gap = classes.total(
-        (
-            over(lambda x, t, top: jnp.where(x >= top, 0, jnp.exp(x - top))),
-            over(lambda x, t, top: jnp.where(x < top, 0, 1 + (x - top))),
-            over(lambda x, t, top: jnp.where(x >= top, 0, t)),
-            over(lambda x, t, top: jnp.where(x < top, 0, t)),
+    # Logits are compared, not their distances from the largest, which XLA may round in
+    # other ways for other sums. Two comparisons, not one and its complement, because
+    # XLA:GPU would write the mask that two sums share to memory.
+    def terms(inputs: Masked, targets: jax.Array, largest: jax.Array) -> Any:
+        values = masked(inputs)
+        return (
+            # First, as the one sum that the gradient does without: on a CPU it then
+            # has read the logits before the gradient takes their memory.
             # 0·inf is never formed: a class without a target adds nothing.
-            over(lambda x, t, top: t * jnp.where(t == 0, 0, top - x)),
+            targets * jnp.where(targets == 0, 0, largest - values),
+            jnp.where(values >= largest, 0, jnp.exp(values - largest)),
+            jnp.where(values < largest, 0, jnp.ones_like(values)),
+            jnp.where(values >= largest, 0, targets),
+            targets,
         )
-    )
-    total = rest + above
+
+    sums = sum_classes(terms, (inputs, targets, largest), classes.axis)
+    distance, below, ties, rest, total = classes.total(sums)
+    # Without a finite logit, or with an infinite one, the row is undefined.
+    ties = jnp.where(jnp.isfinite(largest), ties, jnp.nan)
     excess = below + (ties - 1)
     log_mass = jnp.log1p(excess)
     return TargetStatistics(
-        loss=gap + total * log_mass,
+        loss=distance + total * log_mass,
         log_normalizer=largest + log_mass,
         largest=largest,
         ties=ties,
@@ -375,5 +374,5 @@ def target_gradient(
     scale = 1 / (1 + excess)
     plain = statistics.total * (jnp.exp(values - largest) * scale) - targets
     at_top = (statistics.rest - targets * excess) * scale
-    unique = statistics.ties == 1
-    return jnp.where((values >= largest) & unique, at_top, plain)
+    top = jnp.where(statistics.ties == 1, largest, jnp.inf)
+    return jnp.where(values >= top, at_top, plain)

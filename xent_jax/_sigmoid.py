@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from xent_jax import _arguments, _checks, _numerics
+from xent_jax._class_reductions import apart
 from xent_jax._numerics import accumulation_dtype
 
 
@@ -141,7 +142,7 @@ def _binary_terms(
     losing = jnp.where(parts.ahead, parts.negative, parts.positive)
     linear = losing * jnp.where(losing == 0, 0, parts.size)
     total = parts.positive + parts.negative
-    return _kept(total * jnp.log1p(parts.small) + linear, keep)
+    return _kept(apart(total * jnp.log1p(parts.small) + linear), keep)
 
 
 @functools.partial(_binary_terms.defjvp, symbolic_zeros=True)
