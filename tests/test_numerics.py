@@ -103,6 +103,64 @@ def test_reduction_in_slices_is_not_a_copy():
     assert memory.temp_size_in_bytes <= 256 * 32768 * 4 / 8 + 2**20
 
 
+ids_loss, dense_loss = (
+    xent_jax.softmax_cross_entropy_with_integer_labels,
+    xent_jax.softmax_cross_entropy,
+)
+WIDE = {
+    "ids": lambda x, y, t: ids_loss(x, y),
+    "class mask": lambda x, y, t: ids_loss(x, y, where=t > 0),
+    "smoothing": lambda x, y, t: ids_loss(x, y, label_smoothing=0.1),
+    "class weights": lambda x, y, t: ids_loss(x, y, class_weights=t[0]),
+    "all": lambda x, y, t: ids_loss(
+        x, y, where=t > 0, label_smoothing=0.1, class_weights=t[0], z_loss=1e-4
+    ),
+    "other axis": lambda x, y, t: ids_loss(x.reshape(8192, 256), y, axis=0),
+    "dense": lambda x, y, t: dense_loss(x, t),
+}
+
+
+def memory_of_gradient(name, donated=()):
+    rows, classes = 256, 8192
+    operands = (
+        jax.ShapeDtypeStruct((rows, classes), jnp.float32),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+        jax.ShapeDtypeStruct((rows, classes), jnp.float32),
+    )
+
+    def mean(*operands):
+        return WIDE[name](*operands).mean()
+
+    step = jax.jit(jax.value_and_grad(mean), donate_argnums=donated)
+    return step.lower(*operands).compile().memory_analysis(), 4 * rows * classes
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_a_wide_loss_on_cpu_holds_a_fraction_of_the_logits(name):
+    memory, logits = memory_of_gradient(name)
+    assert memory.temp_size_in_bytes <= logits / 4
+
+
+@pytest.mark.parametrize("name", ["ids", "class weights", "dense"])
+def test_a_donated_gradient_on_cpu_takes_the_logits_memory(name):
+    """Every sum of logits that the loss needs comes before the gradient."""
+    memory, logits = memory_of_gradient(name, donated=(0,))
+    assert memory.alias_size_in_bytes == logits
+    assert memory.temp_size_in_bytes <= logits / 4
+
+
+def test_sigmoid_on_cpu_holds_two_arrays():
+    """Exponentials and losses: both have two users that XLA:CPU does not fuse."""
+    operand = jax.ShapeDtypeStruct((512, 1000), jnp.float32)
+    step = jax.jit(
+        jax.value_and_grad(
+            lambda x, t: xent_jax.sigmoid_binary_cross_entropy(x, t).mean()
+        )
+    )
+    memory = step.lower(operand, operand).compile().memory_analysis()
+    assert memory.temp_size_in_bytes <= 2 * 4 * 512 * 1000 + 2**16
+
+
 def test_slices_are_chosen_by_the_number_of_devices():
     """Of one program, compiled for one device and for the shards of several."""
 

@@ -66,11 +66,8 @@ def block_statistics(
     if spread:
         # Weights are numbers a row only where the rows differ.
         zero = jnp.zeros_like(best_rival)
-        own = _spread.split_weight(inputs, labels, class_weights, _BLOCK)
-        sums = SpreadSums(
-            _spread.rivals_below(_BLOCK, inputs, labels, class_weights, pivot),
-            *(weight + zero for weight in own),
-        )
+        sums = _spread.spread_sums(_BLOCK, inputs, labels, class_weights, pivot)
+        sums = jax.tree.map(lambda total: total + zero, sums)
     if entropy:
 
         def term(inputs, index, labels, pivot):

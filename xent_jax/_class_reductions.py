@@ -36,35 +36,40 @@ class Reduction(NamedTuple):
     Attributes:
       reduce: like `jnp.sum`, of an array over an axis.
       combine: the same for two arrays.
-      reduce_lanes: of an array over its last axis, which is kept, on a CPU.
+      reduce_lanes: of an array over an axis, which is kept, on a CPU.
       neutral: what changes nothing.
     """
 
     reduce: Callable[..., jax.Array]
     combine: Callable[[jax.Array, jax.Array], jax.Array]
-    reduce_lanes: Callable[[jax.Array], jax.Array]
+    reduce_lanes: Callable[[jax.Array, int], jax.Array]
     neutral: float
 
 
 class _Slices(NamedTuple):
     """Slices of an axis, all of one size; the last may overlap the one before it."""
 
+    axis: int
     starts: tuple[int, ...]
     lanes: int
     overlap: int
 
     @classmethod
-    def of(cls, size: int, lanes: int) -> "_Slices":
-        """Returns the slices that cover `size` numbers."""
+    def of(cls, axis: int, size: int, lanes: int) -> "_Slices":
+        """Returns the slices of an axis of `size` numbers."""
         starts = range(0, size, lanes)
         overlap = len(starts) * lanes - size
-        return cls((*starts[:-1], size - lanes), lanes, overlap)
+        return cls(axis, (*starts[:-1], size - lanes), lanes, overlap)
 
     def cut(self, array: jax.Array) -> list[jax.Array]:
-        """Returns the slices of the last axis, or of one that is to be broadcast."""
-        if array.shape[-1] == 1:
+        """Returns the slices of an array, or copies of one that is to be broadcast."""
+        axis, lanes = self.axis, self.lanes
+        if array.shape[axis] == 1:
             return [array] * len(self.starts)
-        return [array[..., start : start + self.lanes] for start in self.starts]
+        return [
+            jax.lax.slice_in_dim(array, start, start + lanes, axis=axis)
+            for start in self.starts
+        ]
 
     def combined(
         self,
@@ -75,6 +80,7 @@ class _Slices(NamedTuple):
         """Returns what was made of the slices, combined in a tree, each number once."""
         if self.overlap:
             fresh = jnp.arange(self.lanes) >= self.overlap
+            fresh = jnp.expand_dims(fresh, tuple(range(1, -self.axis)))
             parts = [*parts[:-1], jnp.where(fresh, parts[-1], neutral)]
         while len(parts) > 1:
             odd = parts[len(parts) // 2 * 2 :]
@@ -107,7 +113,7 @@ def reduce_classes(
         return jax.tree.map(reduce, terms(*operands))
 
     def in_slices(*operands: Any) -> Any:
-        return _reduce_in_slices(reduction, terms, *operands)
+        return _reduce_in_slices(reduction, terms, axis, *operands)
 
     def on_cpu(*operands: Any) -> Any:
         # Slices of classes that are sharded would be gathered.
@@ -116,7 +122,7 @@ def reduce_classes(
     leaves = jax.tree.leaves(operands)
     size = next((a.shape[axis] for a in leaves if a.shape[axis] != 1), 1)
     # A symbolic number of classes is no int. An axis of an Explicit mesh cannot be cut.
-    if axis != -1 or not isinstance(size, int) or any(map(is_sharded, leaves)):
+    if not isinstance(size, int) or any(map(is_sharded, leaves)):
         return plain(*operands)
     if size < _FEWEST_SLICES * _FEWEST_LANES:
         return plain(*operands)
@@ -124,12 +130,12 @@ def reduce_classes(
 
 
 def _reduce_in_slices(
-    reduction: Reduction, terms: Callable[..., Any], *operands: Any
+    reduction: Reduction, terms: Callable[..., Any], axis: int, *operands: Any
 ) -> Any:
     leaves, structure = jax.tree.flatten(operands)
-    size = max(array.shape[-1] for array in leaves)
+    size = max(array.shape[axis] for array in leaves)
     count = min(_MOST_SLICES, size // _FEWEST_LANES)
-    slices = _Slices.of(size, -(-size // count))
+    slices = _Slices.of(axis, size, -(-size // count))
     cuts = zip(*map(slices.cut, leaves), strict=True)
     results = [terms(*jax.tree.unflatten(structure, cut)) for cut in cuts]
     reduced: list[jax.Array] = []
@@ -137,7 +143,7 @@ def _reduce_in_slices(
         part = slices.combined(reduction.combine, reduction.neutral, parts)
         # One after the other, or XLA:CPU keeps the lanes of all in memory at once.
         part = apart(part, *reduced[-1:])
-        reduced.append(apart(reduction.reduce_lanes(part)))
+        reduced.append(apart(reduction.reduce_lanes(part, axis)))
     return jax.tree.unflatten(jax.tree.structure(results[0]), reduced)
 
 
@@ -178,36 +184,38 @@ def _split_sum(values: jax.Array, **options: Any) -> jax.Array:
     return jnp.sum(small, **options) + jnp.sum(large, **options)
 
 
-_total = functools.partial(jnp.sum, axis=-1, keepdims=True)
-_max_of_lanes = functools.partial(jnp.max, axis=-1, keepdims=True)
-
-
-def _slices_of_result(part: jax.Array) -> _Slices | None:
+def _slices_of_result(part: jax.Array, axis: int) -> _Slices | None:
     """Returns the slices that lanes are summed in, `None` where they are few."""
-    lanes = part.shape[-1] // _SLICES_OF_RESULT
+    size = part.shape[axis]
+    lanes = size // _SLICES_OF_RESULT
     enough = lanes >= _FEWEST_LANES_OF_RESULT
-    return _Slices.of(part.shape[-1], lanes) if enough else None
+    return _Slices.of(axis, size, lanes) if enough else None
 
 
-def _sum_of_lanes(part: jax.Array) -> jax.Array:
-    slices = _slices_of_result(part)
+def _sum_of_lanes(part: jax.Array, axis: int) -> jax.Array:
+    slices = _slices_of_result(part, axis)
     if slices is not None:
         part = apart(slices.combined(operator.add, 0, slices.cut(part)))
-    return _total(part)
+    return jnp.sum(part, axis=axis, keepdims=True)
 
 
-def _split_sum_of_lanes(part: jax.Array) -> jax.Array:
-    slices = _slices_of_result(part)
+def _split_sum_of_lanes(part: jax.Array, axis: int) -> jax.Array:
+    slices = _slices_of_result(part, axis)
     if slices is None:
         # As one complex sum, because XLA:CPU would write the exponentials to memory
         # before it fuses them into two.
-        pair = jnp.sum(jax.lax.complex(*_split(part)), axis=-1, keepdims=True)
+        pair = jnp.sum(jax.lax.complex(*_split(part)), axis=axis, keepdims=True)
         return jnp.real(pair) + jnp.imag(pair)
     small, large = (
         apart(slices.combined(operator.add, 0, parts))
         for parts in zip(*map(_split, slices.cut(part)), strict=True)
     )
-    return _total(small) + _total(large)
+    total = functools.partial(jnp.sum, axis=axis, keepdims=True)
+    return total(small) + total(large)
+
+
+def _max_of_lanes(part: jax.Array, axis: int) -> jax.Array:
+    return jnp.max(part, axis=axis, keepdims=True)
 
 
 SUM = Reduction(jnp.sum, operator.add, _sum_of_lanes, 0)

@@ -137,12 +137,9 @@ def _results(
     if config.spread:
         # The differences are taken from the best rival, which is known before the
         # largest logit is, so that the sums share a pass over the logits.
-        spread = SpreadSums(
-            _spread.rivals_below(classes, inputs, labels, class_weights, pivot),
-            *_spread.split_weight(inputs, labels, class_weights, classes),
-        )
+        spread = _spread.spread_sums(classes, inputs, labels, class_weights, pivot)
         total = _spread.total_weight(inputs, class_weights, classes)
-    if config.weight:
+    if config.weight and class_weights is not None:
         weight = _spread.label_weight(inputs, labels, class_weights, classes)
     sums = classes.total(
         _Sums(
@@ -205,7 +202,7 @@ def _total_dot(
     weights_dot = _numerics.unless_zero(weights_dot)
     if weights_dot is None or not config.spread:
         return None
-    return _spread.total_weight(inputs, weights_dot, config.classes)
+    return _spread.total_weight(inputs, weights_dot, config.classes, linear=True)
 
 
 def _terms_dot(config: LabelConfig, dot: LabelDot) -> LabelTerms:
@@ -315,7 +312,7 @@ def label_terms_dot(
         )
         spread = spread + inner(surprise, direction)
     if config.weight and weights_dot is not None:
-        weight = _spread.label_weight(inputs, labels, weights_dot, classes)
+        weight = _spread.label_weight(inputs, labels, weights_dot, classes, linear=True)
         weight = _numerics.zero_in_dropped_rows(weight, inputs)
     spread = spread if config.spread else None
     return LabelDot(loss, spread, normalizer, weight)

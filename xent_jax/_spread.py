@@ -1,5 +1,6 @@
 """The loss of targets that are spread evenly: class weights and distances, summed."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,79 +30,96 @@ def settled(sums: SpreadSums, statistics: LabelStatistics) -> jax.Array:
     return below + rivals * rise + own * gap + fixed
 
 
-def rivals_below(
+def spread_sums(
     classes: ClassAxis,
     inputs: Masked,
     labels: jax.Array,
     class_weights: jax.Array | None,
     pivot: jax.Array,
-) -> jax.Array:
-    """Returns Σ_{j≠y} w_j (pivot − x_j) over the kept classes here."""
+) -> SpreadSums:
+    """Returns the sums over the kept classes here."""
 
-    def rival_term(
+    def terms(
         inputs: Any, index: Any, labels: Any, weights: Any, pivot: Any
-    ) -> Any:
+    ) -> SpreadSums:
         below = pivot - _numerics.masked(inputs)
         if weights is not None:
             # A weight of 0 drops an infinite difference.
             below = weights * jnp.where(weights == 0, 0, below)
-        below = jnp.where(index == labels, 0, below)
-        return _numerics.zero_where_dropped(below, inputs)
+        hit = index == labels
+        below = _numerics.zero_where_dropped(jnp.where(hit, 0, below), inputs)
+        own, rival = hit, ~hit
+        if inputs.keep_class is not None:
+            own, rival = own & inputs.keep_class, rival & inputs.keep_class
+        return SpreadSums(
+            below,
+            _weights_of(rival, inputs, weights),
+            _weights_of(own, inputs, weights),
+        )
 
     index = _numerics.class_index(inputs.logits, classes)
     operands = (inputs, index, labels, class_weights, pivot)
-    return sum_classes(rival_term, operands, classes.axis)
-
-
-def split_weight(
-    inputs: Masked,
-    labels: jax.Array,
-    class_weights: jax.Array | None,
-    classes: ClassAxis,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the sum of the kept rivals' weights and the label's weight, a row."""
-    hit = _numerics.class_index(inputs.logits, classes) == labels
-    rival = ~hit
-    if inputs.keep_class is not None:
-        hit, rival = hit & inputs.keep_class, rival & inputs.keep_class
-    rivals = _sum_of_weights(rival, inputs, class_weights, classes)
-    return rivals, _sum_of_weights(hit, inputs, class_weights, classes)
+    return sum_classes(terms, operands, classes.axis)
 
 
 def label_weight(
     inputs: Masked,
     labels: jax.Array,
-    class_weights: jax.Array | None,
+    class_weights: jax.Array,
     classes: ClassAxis,
+    *,
+    linear: bool = False,
 ) -> jax.Array:
-    """Returns the weight of the label's class, dropped or not, a row."""
-    hit = _numerics.class_index(inputs.logits, classes) == labels
-    return _sum_of_weights(hit, inputs, class_weights, classes)
+    """Returns the weight of the label's class here, dropped or not, a row.
 
+    Where it is `linear`, reverse mode can transpose it.
+    """
 
-def _sum_of_weights(
-    chosen: jax.Array,
-    inputs: Masked,
-    class_weights: jax.Array | None,
-    classes: ClassAxis,
-) -> jax.Array:
-    """Returns the sum of the chosen classes' weights, or their number, a row."""
-    count = chosen.astype(_numerics.accumulation_dtype(inputs.logits.dtype))
-    if class_weights is None:
-        return jnp.sum(count, axis=classes.axis, keepdims=True)
-    # The sum gives the weights the mask's sharding, which a select asks for.
-    weights = jnp.where(chosen, class_weights + 0 * count, 0)
-    return jnp.sum(weights, axis=classes.axis, keepdims=True)
+    def weight(inputs: Any, index: Any, labels: Any, weights: Any) -> jax.Array:
+        return _weights_of(index == labels, inputs, weights)
+
+    index = _numerics.class_index(inputs.logits, classes)
+    operands = (inputs, index, labels, class_weights)
+    return (_linear_sum if linear else sum_classes)(weight, operands, classes.axis)
 
 
 def total_weight(
-    inputs: Masked, class_weights: jax.Array | None, classes: ClassAxis
+    inputs: Masked,
+    class_weights: jax.Array | None,
+    classes: ClassAxis,
+    *,
+    linear: bool = False,
 ) -> jax.Array:
-    """Returns the sum of the weights of the kept classes here, or their number."""
+    """Returns the sum of the weights of the kept classes here, or their number.
+
+    Where it is `linear`, reverse mode can transpose it.
+    """
+    axis = classes.axis
     if inputs.keep_class is None:
-        axis = classes.axis
         if class_weights is not None:
             return jnp.sum(class_weights, axis=axis, keepdims=True)
         dtype = _numerics.accumulation_dtype(inputs.logits.dtype)
         return jnp.full((1,) * inputs.logits.ndim, inputs.logits.shape[axis], dtype)
-    return _sum_of_weights(inputs.keep_class, inputs, class_weights, classes)
+
+    def weight(inputs: Any, weights: Any) -> jax.Array:
+        return _weights_of(inputs.keep_class, inputs, weights)
+
+    reduce = _linear_sum if linear else sum_classes
+    return reduce(weight, (inputs, class_weights), axis)
+
+
+def _linear_sum(
+    terms: Callable[..., jax.Array], operands: tuple[Any, ...], axis: int
+) -> jax.Array:
+    return jnp.sum(terms(*operands), axis=axis, keepdims=True)
+
+
+def _weights_of(
+    chosen: jax.Array, inputs: Masked, class_weights: jax.Array | None
+) -> jax.Array:
+    """Returns the weights of the chosen classes, or ones, and 0 elsewhere."""
+    count = chosen.astype(_numerics.accumulation_dtype(inputs.logits.dtype))
+    if class_weights is None:
+        return count
+    # The sum gives the weights the mask's sharding, which a select asks for.
+    return jnp.where(chosen, class_weights + 0 * count, 0)
