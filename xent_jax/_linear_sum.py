@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from xent_jax import _label_terms
 from xent_jax._blocks import loop, varying, zeros
 from xent_jax._class_axis import psum
+from xent_jax._class_reductions import is_sharded
 from xent_jax._label_terms import Coefficients, LabelConfig, LabelTerms
 from xent_jax._layer import (
     Layer,
@@ -30,6 +31,7 @@ from xent_jax._numerics import (
     known_tangents,
     tangent_of,
 )
+from xent_jax._one_device import one_device
 
 
 class SumConfig(NamedTuple):
@@ -300,9 +302,10 @@ def _only(wanted: tuple[bool, ...], values: Any) -> Any:
 def _split(config: SumConfig, rows: Rows, coefficients: Coefficients) -> _Block:
     """Returns the rows in blocks; a dropped row is what is missing.
 
-    A block has every n-th row of n blocks: where rows are sharded over a mesh, all
-    shards then have their part in every block, and none is sent around. Blocks that
-    may be left out are of rows that lie together, as dropped rows do.
+    On several devices a block has every n-th row of n blocks: where rows are sharded
+    over a mesh, all shards then have their part in every block, and none is sent
+    around. Otherwise, and for blocks that may be left out, as dropped rows lie
+    together, a block is of rows that lie together, which takes no copy.
     """
     size = config.row_block
     rows = rows._replace(hidden=kept_hidden(rows))
@@ -316,9 +319,13 @@ def _split(config: SumConfig, rows: Rows, coefficients: Coefficients) -> _Block:
     def split(array: jax.Array) -> jax.Array:
         if not whole:
             array = jnp.pad(array, ((0, missing), (0, 0)))
-        if config.skip:
-            return array.reshape(blocks, size, array.shape[-1])
-        return array.reshape(size, blocks, array.shape[-1]).swapaxes(0, 1)
+        features = array.shape[-1]
+        return _together_or_apart(
+            config,
+            lambda array: array.reshape(blocks, size, features),
+            lambda array: array.reshape(size, blocks, features).swapaxes(0, 1),
+            array,
+        )
 
     return jax.tree.map(split, _Block(rows, coefficients, None))
 
@@ -326,9 +333,23 @@ def _split(config: SumConfig, rows: Rows, coefficients: Coefficients) -> _Block:
 def _joined(config: SumConfig, blocks: jax.Array) -> jax.Array:
     """Returns the rows of all blocks as one axis, in their order before `_split`."""
     count, size, features = blocks.shape
-    if not config.skip:
-        blocks = blocks.swapaxes(0, 1)
-    return blocks.reshape(count * size, features)
+    return _together_or_apart(
+        config,
+        lambda blocks: blocks.reshape(count * size, features),
+        lambda blocks: blocks.swapaxes(0, 1).reshape(count * size, features),
+        blocks,
+    )
+
+
+def _together_or_apart(
+    config: SumConfig, together: Any, apart: Any, array: jax.Array
+) -> jax.Array:
+    """Returns one of two functions of an array, by where the rows of a block are."""
+    if config.skip:
+        return together(array)
+    if is_sharded(array):
+        return apart(array)
+    return jax.lax.cond(one_device(), together, apart, array)
 
 
 def _unless_idle(config: SumConfig, step: Any) -> Any:
