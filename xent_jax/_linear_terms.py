@@ -289,19 +289,37 @@ def _logits_dot(
 ) -> jax.Array | None:
     """Returns the tangent of a block's logits."""
     part, linear, linear_dot = block.part, block.linear, None
-    # Products in the dtype of the features, and so are those that they transpose to.
     if hidden_dot is not None:
         kernel = part.kernel.astype(hidden.dtype)
-        linear_dot = jnp.matmul(hidden_dot.astype(hidden.dtype), kernel)
-        linear_dot = linear_dot.astype(linear.dtype)
+        linear_dot = _tangent_product(hidden_dot, kernel, hidden.dtype)
     if part_dot.kernel is not None:
-        kernel_dot = part_dot.kernel.astype(hidden.dtype)
-        by_kernel = jnp.matmul(hidden, kernel_dot).astype(linear.dtype)
+        by_kernel = _tangent_product(hidden, part_dot.kernel, hidden.dtype)
         linear_dot = by_kernel if linear_dot is None else linear_dot + by_kernel
     dots = linear_dot, part_dot.bias, part_dot.softcap
     if all(dot is None for dot in dots):
         return None
     return tangent_of(capped, (linear, part.bias, part.softcap), dots)[1]
+
+
+def _tangent_product(left: jax.Array, right: jax.Array, dtype: Any) -> jax.Array:
+    """Returns a product of matrices, one a tangent, in the accumulation dtype.
+
+    The factors are rounded to the features' dtype, and so are those of what it
+    transposes to, whose result is not: blocks add up unrounded. XLA:CPU knows no
+    such product, and multiplies numbers of the accumulation dtype.
+    """
+    result = accumulation_dtype(dtype)
+    # Of one dtype, as strict promotion asks; the algorithm takes them in the features'.
+    left, right = left.astype(result), right.astype(result)
+    if dtype == result:
+        return jnp.matmul(left, right)
+    algorithm = jax.lax.DotAlgorithm(dtype, dtype, result)
+    return jax.lax.platform_dependent(
+        left,
+        right,
+        cpu=jnp.matmul,
+        default=functools.partial(jnp.matmul, precision=algorithm),
+    )
 
 
 def _entropy_dot(
