@@ -155,7 +155,7 @@ def unwrapped_ids(labels: Any) -> Any:
     if not isinstance(labels, np.ndarray) or labels.dtype not in (np.int64, np.uint64):
         return labels
     inside = (labels >= 0) & (labels <= np.iinfo(np.int32).max)
-    return np.where(inside, labels, -1).astype(np.int32)
+    return np.where(inside, labels.astype(np.int32), np.int32(-1))
 
 
 def read_class_ids(layout: Layout, labels: ArrayLike, keep: Keep) -> jax.Array:
