@@ -332,7 +332,12 @@ def difference(result: Any, reference: Sequence[np.ndarray]) -> float:
 
 
 def sample(contender: Contender) -> float:
-    """Returns the seconds that a call takes."""
+    """Returns the seconds that a call takes, after one that is not timed.
+
+    That one pays for what the contender before has left: its memory is still being
+    given back, and the caches are full of it.
+    """
+    contender.call(*contender.inputs())
     inputs = [contender.inputs() for _ in range(contender.repeats)]
     time.sleep(PAUSE_SECONDS)
     start = time.perf_counter()

@@ -27,6 +27,11 @@ _FEWEST_SLICES, _FEWEST_LANES = 4, 64
 # to be computed again for each of them, are more.
 _MOST_SLICES = 14
 _SLICES_OF_RESULT, _FEWEST_LANES_OF_RESULT = 16, 8
+# More slices come in groups, one after the other, so that the lanes stay in the cache,
+# and in memory that the allocator gives out again without clearing it; few groups, as
+# each is compiled.
+_MOST_GROUPS, _MOST_BYTES_OF_RESULT = 8, 4 << 20
+_VECTOR = 16  # lanes that do not fill the last vector are computed one by one
 _EDGE = 2.0**-6  # a power of two, so that `_split` is exact
 
 
@@ -61,6 +66,14 @@ class _Slices(NamedTuple):
         overlap = len(starts) * lanes - size
         return cls(axis, (*starts[:-1], size - lanes), lanes, overlap)
 
+    def groups(self, slices: int) -> "list[_Slices]":
+        """Returns the slices in groups of equally many, but for the last."""
+        parts = [
+            self._replace(starts=self.starts[start : start + slices], overlap=0)
+            for start in range(0, len(self.starts), slices)
+        ]
+        return [*parts[:-1], parts[-1]._replace(overlap=self.overlap)]
+
     def cut(self, array: jax.Array) -> list[jax.Array]:
         """Returns the slices of an array, or copies of one that is to be broadcast."""
         axis, lanes = self.axis, self.lanes
@@ -75,17 +88,17 @@ class _Slices(NamedTuple):
         self,
         combine: Callable[[jax.Array, jax.Array], jax.Array],
         neutral: float,
-        parts: Sequence[jax.Array],
+        *parts: jax.Array,
     ) -> jax.Array:
         """Returns what was made of the slices, combined in a tree, each number once."""
         if self.overlap:
             fresh = jnp.arange(self.lanes) >= self.overlap
             fresh = jnp.expand_dims(fresh, tuple(range(1, -self.axis)))
-            parts = [*parts[:-1], jnp.where(fresh, parts[-1], neutral)]
+            parts = (*parts[:-1], jnp.where(fresh, parts[-1], neutral))
         while len(parts) > 1:
             odd = parts[len(parts) // 2 * 2 :]
             pairs = zip(parts[::2], parts[1::2], strict=False)
-            parts = [*(combine(*pair) for pair in pairs), *odd]
+            parts = (*(combine(*pair) for pair in pairs), *odd)
         return parts[0]
 
 
@@ -129,22 +142,44 @@ def reduce_classes(
     return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=plain)
 
 
+def _slices_of_operands(leaves: Sequence[jax.Array], axis: int) -> list[_Slices]:
+    """Returns groups of slices, of a result each."""
+    shape = jnp.broadcast_shapes(*(array.shape for array in leaves))
+    size = shape[axis]
+    slices = min(_MOST_SLICES, size // _FEWEST_LANES)
+    # Symbolic sizes are not counted.
+    numbers = math.prod(count for count in shape if isinstance(count, int)) // slices
+    groups = min(
+        4 * numbers // _MOST_BYTES_OF_RESULT,
+        size // (slices * _SLICES_OF_RESULT * _FEWEST_LANES_OF_RESULT),
+        _MOST_GROUPS,
+    )
+    lanes = -(-size // (slices * max(groups, 1)))
+    lanes = min(-(-lanes // _VECTOR) * _VECTOR, size)
+    return _Slices.of(axis, size, lanes).groups(slices)
+
+
 def _reduce_in_slices(
     reduction: Reduction, terms: Callable[..., Any], axis: int, *operands: Any
 ) -> Any:
     leaves, structure = jax.tree.flatten(operands)
-    size = max(array.shape[axis] for array in leaves)
-    count = min(_MOST_SLICES, size // _FEWEST_LANES)
-    slices = _Slices.of(axis, size, -(-size // count))
-    cuts = zip(*map(slices.cut, leaves), strict=True)
-    results = [terms(*jax.tree.unflatten(structure, cut)) for cut in cuts]
-    reduced: list[jax.Array] = []
-    for parts in zip(*map(jax.tree.leaves, results), strict=True):
-        part = slices.combined(reduction.combine, reduction.neutral, parts)
-        # One after the other, or XLA:CPU keeps the lanes of all in memory at once.
-        part = apart(part, *reduced[-1:])
-        reduced.append(apart(reduction.reduce_lanes(part, axis)))
-    return jax.tree.unflatten(jax.tree.structure(results[0]), reduced)
+    total = last = None
+    for slices in _slices_of_operands(leaves, axis):
+        cuts = zip(*map(slices.cut, leaves), strict=True)
+        results = [terms(*jax.tree.unflatten(structure, cut)) for cut in cuts]
+        combine = functools.partial(
+            slices.combined, reduction.combine, reduction.neutral
+        )
+        parts, names = jax.tree.flatten(jax.tree.map(combine, *results))
+        reduced = []
+        for part in parts:
+            # One after the other, or XLA:CPU keeps the lanes of all in memory at once.
+            part = apart(part, last)
+            last = apart(reduction.reduce_lanes(part, axis))
+            reduced.append(last)
+        sums = jax.tree.unflatten(names, reduced)
+        total = sums if total is None else jax.tree.map(reduction.combine, total, sums)
+    return total
 
 
 def apart(array: jax.Array, after: jax.Array | None = None) -> jax.Array:
@@ -195,7 +230,7 @@ def _slices_of_result(part: jax.Array, axis: int) -> _Slices | None:
 def _sum_of_lanes(part: jax.Array, axis: int) -> jax.Array:
     slices = _slices_of_result(part, axis)
     if slices is not None:
-        part = apart(slices.combined(operator.add, 0, slices.cut(part)))
+        part = apart(slices.combined(operator.add, 0, *slices.cut(part)))
     return jnp.sum(part, axis=axis, keepdims=True)
 
 
@@ -207,7 +242,7 @@ def _split_sum_of_lanes(part: jax.Array, axis: int) -> jax.Array:
         pair = jnp.sum(jax.lax.complex(*_split(part)), axis=axis, keepdims=True)
         return jnp.real(pair) + jnp.imag(pair)
     small, large = (
-        apart(slices.combined(operator.add, 0, parts))
+        apart(slices.combined(operator.add, 0, *parts))
         for parts in zip(*map(_split, slices.cut(part)), strict=True)
     )
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
