@@ -56,10 +56,11 @@ def linear_softmax_cross_entropy(
     `class_block` say otherwise.
 
     The matmuls run in the dtype of `hidden` and accumulate in float32, forward and
-    backward (on a CPU the second form's backward matmuls are of float32);
-    `jax.default_matmul_precision` applies to float32. A kernel of another dtype is
-    cast, as a whole in the first form, a block at a time in the second; gradients add
-    up in float32, and leave in the dtype of what they are taken by, rounded once.
+    backward; `jax.default_matmul_precision` applies. A kernel of another dtype is cast:
+    as a whole in the first form, whose gradient leaves unrounded, a block at a time in
+    the second. Gradients add up in float32. In the second form, what a block adds is
+    rounded to the dtype of `hidden` before, except on a CPU, where its backward matmuls
+    are of float32.
 
     In training loops:
 

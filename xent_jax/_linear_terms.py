@@ -304,22 +304,22 @@ def _logits_dot(
 def _tangent_product(left: jax.Array, right: jax.Array, dtype: Any) -> jax.Array:
     """Returns a product of matrices, one a tangent, in the accumulation dtype.
 
-    The factors are rounded to the features' dtype, and so are those of what it
-    transposes to, whose result is not: blocks add up unrounded. XLA:CPU knows no
-    such product, and multiplies numbers of the accumulation dtype.
+    On a GPU and a TPU it multiplies in the features' dtype, and so does what it
+    transposes to, whose result is rounded to that dtype before blocks add up. (A
+    `jax.lax.DotAlgorithm` would say that it is not, but cannot be exported for a CPU
+    beside them.) XLA:CPU multiplies as fast in float32.
     """
     result = accumulation_dtype(dtype)
-    # Of one dtype, as strict promotion asks; the algorithm takes them in the features'.
-    left, right = left.astype(result), right.astype(result)
+
+    def narrow(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.matmul(left.astype(dtype), right.astype(dtype)).astype(result)
+
+    def wide(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.matmul(left.astype(result), right.astype(result))
+
     if dtype == result:
-        return jnp.matmul(left, right)
-    algorithm = jax.lax.DotAlgorithm(dtype, dtype, result)
-    return jax.lax.platform_dependent(
-        left,
-        right,
-        cpu=jnp.matmul,
-        default=functools.partial(jnp.matmul, precision=algorithm),
-    )
+        return wide(left, right)
+    return jax.lax.platform_dependent(left, right, cpu=wide, default=narrow)
 
 
 def _entropy_dot(
