@@ -147,6 +147,9 @@ TYPES = [
      "have a real dtype, got complex64."),
     (SIGMOID, [LOGITS, LOGITS], {"pos_weight": np.ones(3) * 1j}, "pos_weight must have "
      "a real dtype, got complex64."),
+    (SINKHORN, [LOGITS], {"num_iters": 2.0}, "num_iters must be an integer, got 2.0."),
+    (SINKHORN, [LOGITS], {"num_iters": True}, "num_iters must be an integer, got "
+     "True."),
 ]  # fmt: skip
 
 

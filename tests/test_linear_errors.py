@@ -46,8 +46,8 @@ VALUES = [
     ({"softcap": float("inf")}, "softcap must lie in (0, inf), got inf."),
     ({"softcap": float("nan")}, "softcap must lie in (0, inf), got nan."),
     ({"softcap": jnp.ones(5)}, "softcap must be a scalar, got shape (5,)."),
-    ({"class_block": 0}, "class_block must be positive, got 0."),
-    ({"class_block": -1}, "class_block must be positive, got -1."),
+    ({"class_block": 0}, "class_block must be at least 1, got 0."),
+    ({"class_block": -1}, "class_block must be at least 1, got -1."),
 ]  # fmt: skip
 
 TYPES = [
@@ -92,7 +92,7 @@ LOSS_VALUES = [
      "reduction='mean', which is blocked by row_block, got 8."),
     ({"reduction": "sum", "class_block": 8}, "class_block must be None with "
      "reduction='sum', which is blocked by row_block, got 8."),
-    ({"reduction": "sum", "row_block": 0}, "row_block must be positive, got 0."),
+    ({"reduction": "sum", "row_block": 0}, "row_block must be at least 1, got 0."),
 ]  # fmt: skip
 
 LOSS_TYPES = [
@@ -179,3 +179,10 @@ def test_blocks_larger_than_the_input_are_cut():
     )
     total = LOSS(HIDDEN, KERNEL, LABELS, reduction="sum", row_block=10**9)
     np.testing.assert_allclose(total, plain.sum(), rtol=1e-6)
+
+
+def test_blocks_may_be_numpy_integers():
+    for size in (np.int32(2), np.uint8(2)):
+        by_rows = LOSS(HIDDEN, KERNEL, LABELS, reduction="sum", row_block=size)
+        by_classes = LOSS(HIDDEN, KERNEL, LABELS, class_block=size)
+        np.testing.assert_allclose(by_rows, by_classes.sum(), rtol=1e-6)

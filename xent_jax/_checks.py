@@ -8,7 +8,7 @@ nothing under `jax.jit` and raises at trace time.
 
 import operator
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -103,6 +103,19 @@ def check_number(
         low, high = number > lowest, number < highest
     if not (low and high):
         fail(ValueError, function, argument, expected, repr(value))
+
+
+def read_count(function: str, argument: str, value: SupportsIndex) -> int:
+    """Returns a static number of things, at least 1, as a Python integer."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        fail(TypeError, function, argument, "be an integer", repr(value))
+    if count < 1:
+        fail(ValueError, function, argument, "be at least 1", count)
+    return count
 
 
 def check_axis_name(function: str, argument: str, name: object) -> None:

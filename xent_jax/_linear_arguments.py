@@ -155,10 +155,7 @@ def read_block(
     """Returns a block size: the caller's, or the default; `most` of it at most."""
     if size is None:
         return default
-    if isinstance(size, bool) or not isinstance(size, int):
-        _checks.fail(TypeError, function, argument, "be an integer", repr(size))
-    if size < 1:
-        _checks.fail(ValueError, function, argument, "be positive", repr(size))
+    size = _checks.read_count(function, argument, size)
     return max(1, min(size, most)) if isinstance(most, int) else size
 
 

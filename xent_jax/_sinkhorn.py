@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import jax
@@ -260,19 +259,9 @@ def _targets(
         prior=_read_prior(function, prior, array.shape[1], dtype),
         epsilon=jnp.asarray(epsilon).astype(dtype),
     )
-    count = _read_count(function, num_iters)
+    count = _checks.read_count(function, "num_iters", num_iters)
     targets = _balancing.solve(problem, count, tol, batch_axis_name)
     return _numerics.zero_where_dropped(targets, inputs)
-
-
-def _read_count(function: str, num_iters: int) -> int:
-    try:
-        count = operator.index(num_iters)
-    except TypeError:
-        _checks.fail(TypeError, function, "num_iters", "be an integer", repr(num_iters))
-    if count < 1:
-        _checks.fail(ValueError, function, "num_iters", "be at least 1", count)
-    return count
 
 
 def _read_prior(
