@@ -41,13 +41,15 @@ class Reduction(NamedTuple):
     Attributes:
       reduce: like `jnp.sum`, of an array over an axis.
       combine: the same for two arrays.
-      reduce_lanes: of an array over an axis, which is kept, on a CPU.
+      reduce_lanes: of arrays over an axis, which is kept, on a CPU.
+      together: how many arrays that takes at once.
       neutral: what changes nothing.
     """
 
     reduce: Callable[..., jax.Array]
     combine: Callable[[jax.Array, jax.Array], jax.Array]
-    reduce_lanes: Callable[[jax.Array, int], jax.Array]
+    reduce_lanes: Callable[..., list[jax.Array]]
+    together: int
     neutral: float
 
 
@@ -172,11 +174,12 @@ def _reduce_in_slices(
         )
         parts, names = jax.tree.flatten(jax.tree.map(combine, *results))
         reduced = []
-        for part in parts:
+        for start in range(0, len(parts), reduction.together):
+            first, *rest = parts[start : start + reduction.together]
             # One after the other, or XLA:CPU keeps the lanes of all in memory at once.
-            part = apart(part, last)
-            last = apart(reduction.reduce_lanes(part, axis))
-            reduced.append(last)
+            first = apart(first, last)
+            reduced += map(apart, reduction.reduce_lanes(axis, first, *rest))
+            last = reduced[-1]
         sums = jax.tree.unflatten(names, reduced)
         total = sums if total is None else jax.tree.map(reduction.combine, total, sums)
     return total
@@ -227,35 +230,44 @@ def _slices_of_result(part: jax.Array, axis: int) -> _Slices | None:
     return _Slices.of(axis, size, lanes) if enough else None
 
 
-def _sum_of_lanes(part: jax.Array, axis: int) -> jax.Array:
-    slices = _slices_of_result(part, axis)
-    if slices is not None:
-        part = apart(slices.combined(operator.add, 0, *slices.cut(part)))
-    return jnp.sum(part, axis=axis, keepdims=True)
+def _sums_of_lanes(axis: int, *parts: jax.Array) -> list[jax.Array]:
+    total = functools.partial(jnp.sum, axis=axis, keepdims=True)
+    slices = _slices_of_result(parts[0], axis)
+    if slices is None:
+        return [total(part) for part in parts]
+    if len({(part.shape, part.dtype) for part in parts}) > 1:
+        return [sum for part in parts for sum in _sums_of_lanes(axis, part)]
+    if len(parts) == 1:
+        cuts = [slices.cut(parts[0])]
+    else:
+        # Two as one complex array, for which XLA:CPU reads the operands once.
+        pairs = slices.cut(jax.lax.complex(*parts))
+        cuts = [list(map(jnp.real, pairs)), list(map(jnp.imag, pairs))]
+    return [total(apart(slices.combined(operator.add, 0, *cut))) for cut in cuts]
 
 
-def _split_sum_of_lanes(part: jax.Array, axis: int) -> jax.Array:
+def _split_sum_of_lanes(axis: int, part: jax.Array) -> list[jax.Array]:
     slices = _slices_of_result(part, axis)
     if slices is None:
         # As one complex sum, because XLA:CPU would write the exponentials to memory
         # before it fuses them into two.
         pair = jnp.sum(jax.lax.complex(*_split(part)), axis=axis, keepdims=True)
-        return jnp.real(pair) + jnp.imag(pair)
+        return [jnp.real(pair) + jnp.imag(pair)]
     small, large = (
         apart(slices.combined(operator.add, 0, *parts))
         for parts in zip(*map(_split, slices.cut(part)), strict=True)
     )
     total = functools.partial(jnp.sum, axis=axis, keepdims=True)
-    return total(small) + total(large)
+    return [total(small) + total(large)]
 
 
-def _max_of_lanes(part: jax.Array, axis: int) -> jax.Array:
-    return jnp.max(part, axis=axis, keepdims=True)
+def _max_of_lanes(axis: int, part: jax.Array) -> list[jax.Array]:
+    return [jnp.max(part, axis=axis, keepdims=True)]
 
 
-SUM = Reduction(jnp.sum, operator.add, _sum_of_lanes, 0)
-MAX = Reduction(jnp.max, jnp.maximum, _max_of_lanes, -math.inf)
-SPLIT_SUM = Reduction(_split_sum, operator.add, _split_sum_of_lanes, 0)
+SUM = Reduction(jnp.sum, operator.add, _sums_of_lanes, 2, 0)
+MAX = Reduction(jnp.max, jnp.maximum, _max_of_lanes, 1, -math.inf)
+SPLIT_SUM = Reduction(_split_sum, operator.add, _split_sum_of_lanes, 1, 0)
 
 
 def sum_classes(terms: Callable[..., Any], operands: tuple[Any, ...], axis: int) -> Any:

@@ -336,17 +336,18 @@ def target_statistics(
         values = masked(inputs)
         return (
             # First, as the one sum that the gradient does without: on a CPU it then
-            # has read the logits before the gradient takes their memory.
+            # has read the logits before the gradient takes their memory. In pairs that
+            # read the same.
             # 0·inf is never formed: a class without a target adds nothing.
             targets * jnp.where(targets == 0, 0, largest - values),
+            jnp.where(values >= largest, 0, targets),
             jnp.where(values >= largest, 0, jnp.exp(values - largest)),
             jnp.where(values < largest, 0, jnp.ones_like(values)),
-            jnp.where(values >= largest, 0, targets),
             targets,
         )
 
     sums = sum_classes(terms, (inputs, targets, largest), classes.axis)
-    distance, below, ties, rest, total = classes.total(sums)
+    distance, rest, below, ties, total = classes.total(sums)
     # Without a finite logit, or with an infinite one, the row is undefined.
     ties = jnp.where(jnp.isfinite(largest), ties, jnp.nan)
     excess = below + (ties - 1)
