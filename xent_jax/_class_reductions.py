@@ -6,6 +6,7 @@ labels and dtypes are the business of that function.
 """
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -235,8 +236,8 @@ def _sums_of_lanes(axis: int, *parts: jax.Array) -> list[jax.Array]:
     slices = _slices_of_result(parts[0], axis)
     if slices is None:
         return [total(part) for part in parts]
-    if len({(part.shape, part.dtype) for part in parts}) > 1:
-        return [sum for part in parts for sum in _sums_of_lanes(axis, part)]
+    if len({part.shape for part in parts}) > 1:
+        return [*itertools.chain(*(_sums_of_lanes(axis, part) for part in parts))]
     if len(parts) == 1:
         cuts = [slices.cut(parts[0])]
     else:
