@@ -4,12 +4,15 @@ From the root of a checkout, with nothing but Python:
 
     python docs/render.py
 
-The data comes from `measure_errors.py` and `measure_programs.py`, and from the rows of
-the porting guide. A table is what stands between two comments that bear its name, so
-the text around it is free. `tests/test_docs.py` holds files and data together.
+The data comes from `measure_errors.py`, `measure_programs.py` and
+`examples/benchmark.py`, and from the rows of the porting guide. A table is what stands
+between two comments that bear its name, so the text around it is free.
+`tests/test_docs.py` holds files and data together.
 """
 
+import itertools
 import json
+import math
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -22,6 +25,8 @@ DOCS = pathlib.Path(__file__).parent
 ROOT = DOCS.parent
 ERRORS = json.loads((DOCS / "data" / "errors.json").read_text(encoding="utf-8"))
 PROGRAMS = json.loads((DOCS / "data" / "programs.json").read_text(encoding="utf-8"))
+RECORDS = (ROOT / "examples" / "results" / "cpu.jsonl").read_text(encoding="utf-8")
+TIMES = [json.loads(line) for line in RECORDS.splitlines()]
 
 PAGES = (
     ROOT / "README.md",
@@ -59,6 +64,14 @@ LOSSES = {
     "categorical": "probabilities",
     "binary": "binary probabilities",
 }
+KINDS = {"integer": "class ids", "dense": "dense targets", "sigmoid": "sigmoid"}
+MODES = {
+    ("value", "fresh"): "value",
+    ("value_and_grad", "fresh"): "value and gradient",
+    ("value_and_grad", "donated"): "with donated logits",
+}
+PEERS = ("optax", "torch.compile")
+DTYPES = ("float32", "bfloat16")
 MEASURED = ("optax", "integer", "integer-weights-smoothing", "dense", "sigmoid")
 
 
@@ -247,6 +260,60 @@ def loss_table(names: Sequence[str]) -> str:
     return table(["", *columns], rows)
 
 
+def speed(record: dict, peer: str) -> str:
+    """How many times as fast as a peer a loss is, in the same rounds."""
+    seconds = {
+        entry["contender"]: entry["median_seconds"]
+        for entry in TIMES
+        if entry["case"] == record["case"] and entry["status"] == "ok"
+    }
+    if peer not in seconds:
+        return ""
+    return f"{seconds[peer] / seconds[record['contender']]:.2f}"
+
+
+def speed_table() -> str:
+    """The speed of the losses of logits, the largest shapes first."""
+    records = {
+        tuple(record[key] for key in ("labels", "dtype", "mode", "memory"))
+        + tuple(record["shape"]): record
+        for record in TIMES
+        if record["suite"] == "logits" and record["contender"] == "xent_jax"
+    }
+    shapes = sorted({name[4:] for name in records}, key=math.prod, reverse=True)
+    lines = []
+    for labels, shape, dtype in itertools.product(KINDS, shapes, DTYPES):
+        cells = []
+        for mode in MODES:
+            record = records.get((labels, dtype, *mode, *shape))
+            peers = [speed(record, peer) for peer in PEERS] if record else []
+            cells.append(" / ".join(filter(None, peers)))
+        if any(cells):
+            lines.append([f"{KINDS[labels]}, {list(shape)}, {dtype}", *cells])
+    return table(["", *MODES.values()], lines)
+
+
+def head_speed_table() -> str:
+    """The speed of the head, and its memory as a part of the dense head's."""
+    dense = {
+        entry["case"]: entry["temp_bytes"]
+        for entry in TIMES
+        if entry["contender"] == "optax"
+    }
+    forms = {"xent_jax mean": FORMS["mean"], "xent_jax per row": FORMS["rows"]}
+    lines = [
+        [
+            ", ".join((str(record["shape"]), record["dtype"])),
+            forms[record["contender"]],
+            speed(record, "optax"),
+            f"{record['temp_bytes'] / dense[record['case']]:.2f}",
+        ]
+        for record in TIMES
+        if record["suite"] == "head" and record["contender"] in forms
+    ]
+    return table(["[rows, features, classes]", "form", "speed", "memory"], lines)
+
+
 def versions(data: dict) -> str:
     """With what the numbers were made."""
     made = ", ".join(
@@ -288,6 +355,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "optax-table": optax_table,
     "memory-table": memory_table,
     "measured-table": lambda: loss_table(MEASURED),
+    "speed-table": speed_table,
+    "head-speed-table": head_speed_table,
     "error-versions": lambda: versions(ERRORS),
     "program-versions": lambda: versions(PROGRAMS),
     "margin-loss-float32": lambda: margin_table("float32", "loss"),
