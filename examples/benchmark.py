@@ -6,13 +6,14 @@ and value with gradient, the gradient in new memory or in that of the donated lo
 Whatever of optax, tokamax, jax-cce and torch is installed takes part, beside the form
 without a package: a checkpointed scan over tokens, or log(softmax).
 
-All that is compared runs in the same rounds: a round calls every contender once, in
-rotating order, and medians over the rounds are compared, so that a machine that slows
-down slows all of them down. The floor runs there too: the three matmuls of a head and
-nothing else, or one pass over the arrays that a loss has to read and write. Before it
-is timed, a contender's value and gradients are compared with ours; one that differs or
-fails is not timed, stays in the table and says so. Compilation is timed apart. `temp`
-is the memory that the compiler sets aside beside arguments and results.
+All that is compared runs in the same rounds: a round calls every contender once untimed
+and then timed, in rotating order, and medians over the rounds are compared, so that a
+machine that slows down slows all of them down. The floor runs there too: the three
+matmuls of a head and nothing else, or one pass over the arrays that a loss has to read
+and write. Before it is timed, a contender's value and gradients are compared with ours;
+one that differs or fails is not timed, stays in the table and says so. Compilation is
+timed apart. `temp` is the memory that the compiler sets aside beside arguments and
+results.
 
     python examples/benchmark.py head --output examples/results/cpu.jsonl --check
     python examples/benchmark.py logits --only integer --only float32 --rounds 31
