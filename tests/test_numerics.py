@@ -72,6 +72,48 @@ def test_a_nan_makes_a_wide_row_undefined(classes):
         )
 
 
+@pytest.mark.parametrize("classes", [2000, 4099, 50257])
+@pytest.mark.parametrize("axis", [-1, -2])
+def test_groups_of_slices_equal_numpy(classes, axis, rng, monkeypatch):
+    """As many groups as there may be, and terms of which two are summed at a time."""
+    monkeypatch.setattr(_class_reductions, "_MOST_BYTES_OF_RESULT", 1)
+    values = rng.standard_normal((4, classes)).astype(np.float32)
+    weights = rng.random((1, classes)).astype(np.float32)
+    if axis == -2:
+        values, weights = values.T, weights.T
+    groups = _class_reductions._slices_of_operands([jnp.asarray(values)], axis)
+    assert len(groups) == min(8, classes // (14 * 128))
+
+    def terms(values, weights, exp=jnp.exp):
+        powers = exp(values)
+        return {"exp": powers, "product": powers * weights, "square": values * values}
+
+    exact = terms(values.astype(np.float64), weights.astype(np.float64), np.exp)
+    for reduction in (_class_reductions.SUM, _class_reductions.SPLIT_SUM):
+        totals = jax.jit(
+            lambda *operands, by=reduction: _class_reductions.reduce_classes(
+                by, terms, operands, axis
+            )
+        )(values, weights)
+        for name, total in totals.items():
+            truth = exact[name].sum(axis, keepdims=True)
+            np.testing.assert_allclose(total, truth, rtol=4e-7)
+    largest = _class_reductions.max_classes(operator.mul, (values, weights), axis)
+    np.testing.assert_array_equal(largest, (values * weights).max(axis, keepdims=True))
+
+
+def test_groups_round_the_largest_a_few_times(rng, monkeypatch):
+    monkeypatch.setattr(_class_reductions, "_MOST_BYTES_OF_RESULT", 1)
+    values = rng.uniform(0, 1e-6, (200, 50257)).astype(np.float32)
+    values[:, 0] = 1
+    exact = values.astype(np.float64).sum(-1, keepdims=True)
+    total = _class_reductions.reduce_classes(
+        _class_reductions.SPLIT_SUM, lambda x: x, (jnp.asarray(values),), -1
+    )
+    # Beside the five of one group, one for each of the three levels of a tree of eight.
+    assert np.abs(np.asarray(total) - exact).max() <= 8 * 2.0**-24 * 1.01
+
+
 @pytest.mark.parametrize("classes", [100, 1000, 4096, 50257])
 def test_split_sum_rounds_the_largest_a_few_times(classes, rng):
     """A one and many small numbers: a plain sum rounds at every addition."""

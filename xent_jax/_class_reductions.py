@@ -6,7 +6,6 @@ labels and dtypes are the business of that function.
 """
 
 import functools
-import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -98,11 +97,18 @@ class _Slices(NamedTuple):
             fresh = jnp.arange(self.lanes) >= self.overlap
             fresh = jnp.expand_dims(fresh, tuple(range(1, -self.axis)))
             parts = (*parts[:-1], jnp.where(fresh, parts[-1], neutral))
-        while len(parts) > 1:
-            odd = parts[len(parts) // 2 * 2 :]
-            pairs = zip(parts[::2], parts[1::2], strict=False)
-            parts = (*(combine(*pair) for pair in pairs), *odd)
-        return parts[0]
+        return _in_a_tree(combine, *parts)
+
+
+def _in_a_tree(
+    combine: Callable[[jax.Array, jax.Array], jax.Array], *parts: jax.Array
+) -> jax.Array:
+    """Returns the parts combined, neighbours first: sums are rounded a few times."""
+    while len(parts) > 1:
+        odd = parts[len(parts) // 2 * 2 :]
+        pairs = zip(parts[::2], parts[1::2], strict=False)
+        parts = (*(combine(*pair) for pair in pairs), *odd)
+    return parts[0]
 
 
 def reduce_classes(
@@ -116,7 +122,7 @@ def reduce_classes(
     Args:
       reduction: `SUM`, `SPLIT_SUM` or `MAX`.
       terms: an elementwise function of the operands, which returns an array or a pytree
-        of arrays. Where one of several is NaN, all of them may be.
+        of arrays of one shape. Where one of several is NaN, all of them may be.
       operands: pytrees of arrays of one rank, of size 1 or V along `axis`.
       axis: the class axis, negative.
 
@@ -166,7 +172,7 @@ def _reduce_in_slices(
     reduction: Reduction, terms: Callable[..., Any], axis: int, *operands: Any
 ) -> Any:
     leaves, structure = jax.tree.flatten(operands)
-    total = last = None
+    totals, last = [], None
     for slices in _slices_of_operands(leaves, axis):
         cuts = zip(*map(slices.cut, leaves), strict=True)
         results = [terms(*jax.tree.unflatten(structure, cut)) for cut in cuts]
@@ -181,9 +187,8 @@ def _reduce_in_slices(
             first = apart(first, last)
             reduced += map(apart, reduction.reduce_lanes(axis, first, *rest))
             last = reduced[-1]
-        sums = jax.tree.unflatten(names, reduced)
-        total = sums if total is None else jax.tree.map(reduction.combine, total, sums)
-    return total
+        totals.append(jax.tree.unflatten(names, reduced))
+    return jax.tree.map(functools.partial(_in_a_tree, reduction.combine), *totals)
 
 
 def apart(array: jax.Array, after: jax.Array | None = None) -> jax.Array:
@@ -236,8 +241,6 @@ def _sums_of_lanes(axis: int, *parts: jax.Array) -> list[jax.Array]:
     slices = _slices_of_result(parts[0], axis)
     if slices is None:
         return [total(part) for part in parts]
-    if len({part.shape for part in parts}) > 1:
-        return [*itertools.chain(*(_sums_of_lanes(axis, part) for part in parts))]
     if len(parts) == 1:
         cuts = [slices.cut(parts[0])]
     else:
