@@ -14,8 +14,8 @@ from jax.typing import ArrayLike
 
 from xent_jax import _checks
 from xent_jax._checks import Shape
-from xent_jax._class_axis import AxisName, ClassAxis
-from xent_jax._numerics import accumulation_dtype
+from xent_jax._reductions.axis import AxisName, ClassAxis
+from xent_jax._reductions.precision import accumulation_dtype
 
 Axis = int | Sequence[int] | None
 

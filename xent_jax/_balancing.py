@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xent_jax._class_axis import AxisName, psum
-from xent_jax._numerics import known_tangents, tangent_of, two_sum
+from xent_jax._reductions.axis import AxisName, psum
+from xent_jax._reductions.precision import two_sum
+from xent_jax._reductions.tangents import known_tangents, tangent_of
 
 # How far the potentials may move, in ε, before the exponentials are taken anew: at this
 # distance neither exp(−δ/ε) nor what underflowed loses anything that counts.

@@ -9,8 +9,8 @@ import jax
 from jax.typing import ArrayLike
 
 from xent_jax import _linear_arguments, _linear_meshes
-from xent_jax._class_axis import AxisName
 from xent_jax._linear_loss import linear_loss
+from xent_jax._reductions.axis import AxisName
 
 
 def linear_softmax_cross_entropy(

@@ -14,9 +14,9 @@ from jax.typing import ArrayLike
 from xent_jax import _arguments, _checks
 from xent_jax._arguments import Keep, Layout
 from xent_jax._checks import Shape
-from xent_jax._class_axis import AxisName, ClassAxis
-from xent_jax._layer import Layer, Rows
-from xent_jax._numerics import accumulation_dtype
+from xent_jax._forms.head import Layer, Rows
+from xent_jax._reductions.axis import AxisName, ClassAxis
+from xent_jax._reductions.precision import accumulation_dtype
 
 
 class Head(NamedTuple):

@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _blocks, _checks, _linear_arguments
-from xent_jax._class_axis import AxisName, ClassAxis, psum
-from xent_jax._label_terms import Coefficients, LabelConfig, combined
-from xent_jax._layer import class_total
+from xent_jax import _arguments, _checks, _linear_arguments
+from xent_jax._forms.class_blocks import ClassBlocks
+from xent_jax._forms.head import class_total
+from xent_jax._forms.row_blocks import RowBlocks, linear_loss_sum
+from xent_jax._forms.rows import row_results
+from xent_jax._forms.sizes import classes_per_block, rows_per_block
 from xent_jax._linear_arguments import Head
-from xent_jax._linear_sum import SumConfig, linear_loss_sum
-from xent_jax._linear_terms import linear_terms, terms_config
-from xent_jax._numerics import accumulation_dtype
+from xent_jax._reductions.axis import AxisName, ClassAxis, psum
+from xent_jax._reductions.precision import accumulation_dtype
+from xent_jax._targets.class_ids import ClassIds, Coefficients, combined
 
 
 def linear_loss(
@@ -43,23 +45,24 @@ def linear_loss(
     head = _linear_arguments.read_head(function, **arguments)
     label_weights = _label_weights(head)
     coefficients = _coefficients(function, head, label_weights, label_smoothing, z_loss)
-    spread = coefficients.spread is not None
+    uniform = coefficients.uniform is not None
     row_block, class_block = blocks
     if reduction is None:
         expected = "be None with reduction=None, which is blocked by class_block"
         _linear_arguments.refuse_block(function, "row_block", row_block, expected)
-        config = terms_config(function, head, class_block, spread=spread)
-        terms = linear_terms(config, head.rows, head.layer).label
-        return combined(terms, coefficients).reshape(head.batch_shape)
+        kind = ClassIds(head.classes, uniform)
+        form = class_blocks_form(function, head, class_block, kind)
+        results = row_results(form, head.rows, head.layer)
+        return combined(results, coefficients).reshape(head.batch_shape)
     expected = f"be None with reduction={reduction!r}, which is blocked by row_block"
     _linear_arguments.refuse_block(function, "class_block", class_block, expected)
     count, features = head.rows.hidden.shape
     dtype = accumulation_dtype(head.rows.hidden.dtype)
     classes = head.layer.kernel.shape[1]
-    default = _blocks.rows_per_block(count, features, classes, dtype.itemsize)
-    config = SumConfig(
+    default = rows_per_block(count, features, classes, dtype.itemsize)
+    form = RowBlocks(
+        ClassIds(head.classes, uniform),
         _linear_arguments.read_block(function, "row_block", row_block, default, count),
-        LabelConfig(head.classes, spread, coefficients.square is not None),
         skip=arguments["where"] is not None and head.classes.axis_name is None,
     )
     ones = jnp.ones((count, 1), dtype)
@@ -68,7 +71,7 @@ def linear_loss(
     )
     if coefficients.loss is None:
         coefficients = coefficients._replace(loss=ones)
-    total = linear_loss_sum(config, head.rows, head.layer, coefficients)
+    total = linear_loss_sum(form, head.rows, head.layer, coefficients)
     if reduction == "sum":
         return psum(total, batch_axis_name)
     mass = ones if label_weights is None else label_weights * ones
@@ -77,6 +80,19 @@ def linear_loss(
     # One by one: jax 0.7.2 does not transpose a sum of two of which one is constant.
     total, mass = psum(total, batch_axis_name), psum(jnp.sum(mass), batch_axis_name)
     return jnp.where(mass == 0, 0, total / jnp.where(mass == 0, 1, mass))
+
+
+def class_blocks_form(
+    function: str, head: Head, class_block: int | None, kind: ClassIds
+) -> ClassBlocks:
+    """Returns the form of a result per row, for the caller's block size."""
+    count, classes = head.rows.hidden.shape[0], head.layer.kernel.shape[1]
+    itemsize = accumulation_dtype(head.rows.hidden.dtype).itemsize
+    default = classes_per_block(count, classes, itemsize)
+    size = _linear_arguments.read_block(
+        function, "class_block", class_block, default, classes
+    )
+    return ClassBlocks(kind, size)
 
 
 def _check_batch_axis(
@@ -112,14 +128,14 @@ def _coefficients(
         function, "label_smoothing", label_smoothing, dtype, highest=1
     )
     z_coefficient = _arguments.read_scalar(function, "z_loss", z_loss, dtype)
-    own, spread = label_weights, None
+    own, uniform = label_weights, None
     if smoothing is not None:
         own = _times(1 - smoothing, own)
         unweighted = head.layer._replace(class_weights=None)
         count = class_total(unweighted, smoothing.dtype, head.classes)
-        spread = _times(head.weights, smoothing / jnp.maximum(count, 1))
+        uniform = _times(head.weights, smoothing / jnp.maximum(count, 1))
     square = None if z_coefficient is None else _times(head.weights, z_coefficient)
-    return Coefficients(own, spread, square)
+    return Coefficients(own, uniform, square)
 
 
 def _label_weights(head: Head) -> jax.Array | None:

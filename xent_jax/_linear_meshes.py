@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from xent_jax import _arguments, _checks, _linear_arguments
-from xent_jax._class_axis import AxisName
+from xent_jax._reductions.axis import AxisName
 
 # By the axes that an argument has.
 _OF_ROWS = ("labels", "where", "weights")

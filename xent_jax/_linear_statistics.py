@@ -9,8 +9,10 @@ import jax
 from jax.typing import ArrayLike
 
 from xent_jax import _linear_arguments, _linear_meshes
-from xent_jax._class_axis import AxisName
-from xent_jax._linear_terms import linear_terms, terms_config
+from xent_jax._forms.rows import row_results
+from xent_jax._linear_loss import class_blocks_form
+from xent_jax._reductions.axis import AxisName
+from xent_jax._targets.class_ids import ClassIds
 
 
 class SoftmaxStatistics(NamedTuple):
@@ -122,14 +124,13 @@ def _statistics(
     function: str, class_block: int | None, **arguments: Any
 ) -> SoftmaxStatistics:
     head = _linear_arguments.read_head(function, **arguments)
-    config = terms_config(
-        function, head, class_block, spread=False, entropy=True, prediction=True
-    )
-    terms = linear_terms(config, head.rows, head.layer)
+    kind = ClassIds(head.classes, entropy=True, prediction=True)
+    form = class_blocks_form(function, head, class_block, kind)
+    results = row_results(form, head.rows, head.layer)
     statistics = SoftmaxStatistics(
-        log_prob=0 - terms.label.loss,  # not −0
-        log_normalizer=terms.label.log_normalizer,
-        entropy=terms.entropy,
-        prediction=terms.prediction,
+        log_prob=0 - results.loss,  # not −0
+        log_normalizer=results.log_normalizer,
+        entropy=results.entropy,
+        prediction=results.prediction,
     )
     return jax.tree.map(lambda array: array.reshape(head.batch_shape), statistics)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from xent_jax import _checks
-from xent_jax._class_axis import AxisName, psum
-from xent_jax._numerics import accumulation_dtype
+from xent_jax._reductions.axis import AxisName, psum
+from xent_jax._reductions.precision import accumulation_dtype
 
 
 def weighted_mean(

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _checks, _numerics
+from xent_jax import _arguments, _checks
 from xent_jax._arguments import Axis
-from xent_jax._numerics import Masked, accumulation_dtype
+from xent_jax._reductions.lowering import on_one_device
+from xent_jax._reductions.precision import accumulation_dtype, nan_where, scaled
+from xent_jax._targets.block import (
+    Block,
+    block_at,
+    class_ids,
+    values_of,
+    zero_in_dropped_rows,
+    zero_where_dropped,
+)
 
 
 def nll_loss(
@@ -61,15 +73,9 @@ def nll_loss(
     keep = _arguments.read_where(layout, where)
     ids = _arguments.read_class_ids(layout, labels, keep)
     weights = _arguments.read_class_weights(layout, class_weights, array.dtype)
-    inputs = Masked(array, keep.classes, keep.rows)
-    values = _numerics.masked(inputs)
-    # A bad id hits every class, with NaN, so that its whole gradient row is NaN.
-    hit = (_numerics.class_index(array, layout.class_axis) == ids) | (ids < 0)
-    surprise = jnp.where(ids < 0, jnp.nan, -1) * jnp.where(hit, values, 0)
-    if weights is not None:
-        surprise = _numerics.scaled(jnp.where(hit, weights, 0), surprise)
-    loss = jnp.sum(surprise, axis=layout.axis, keepdims=True)
-    return layout.squeeze(_numerics.zero_in_dropped_rows(loss, inputs))
+    ids_here = class_ids(array, layout.axis, 0)
+    block = Block(array, ids_here, keep.classes, keep.rows, weights)
+    return layout.squeeze(_surprise(layout.axis, block, ids))
 
 
 def categorical_cross_entropy(
@@ -126,17 +132,17 @@ def categorical_cross_entropy(
     keep = _arguments.read_where(layout, where)
     targets = _arguments.read_targets(layout, labels, array.dtype)
     _checks.check_number(function, "epsilon", epsilon, 0, 0.5, inside=True)
-    inputs = Masked(array, keep.classes, keep.rows)
+    block = Block(array, class_ids(array, layout.axis, 0), keep.classes, keep.rows)
     values = array.astype(targets.dtype)
     if keep.classes is not None:
         values = jnp.where(keep.classes, values, 0)
     if keep.rows is not None:
         values = jnp.where(keep.rows, values, 1)
-    targets = _numerics.zero_where_dropped(targets, inputs)
+    targets = zero_where_dropped(targets, block)
     values = values / jnp.sum(values, axis=layout.axis, keepdims=True)
     surprise = -jnp.log(_clip(values, epsilon))
     loss = jnp.sum(targets * surprise, axis=layout.axis, keepdims=True)
-    return layout.squeeze(_numerics.zero_in_dropped_rows(loss, inputs))
+    return layout.squeeze(zero_in_dropped_rows(loss, keep.rows))
 
 
 def binary_cross_entropy(
@@ -199,6 +205,38 @@ def binary_cross_entropy(
     return loss if keep is None else jnp.where(keep, loss, 0)
 
 
+# Compiled as one where it runs eagerly: the −inf of a dropped class, at which
+# `jax_debug_infs` would stop, is then no result.
+@functools.partial(jax.jit, static_argnums=0)
+def _surprise(axis: int, block: Block, ids: jax.Array) -> jax.Array:
+    """Returns −w_y·x_y of every row, of size 1 along the class axis.
+
+    The row of a bad id is NaN, and so is its gradient.
+    """
+
+    def of(ids: Any, values: Any, weights: Any) -> jax.Array:
+        sign = nan_where(ids < 0, -jnp.ones_like(ids, values.dtype))
+        surprise = sign * values
+        return surprise if weights is None else scaled(weights, surprise)
+
+    def by_mask(block: Block, ids: jax.Array) -> jax.Array:
+        # A bad id hits every class, so that its whole gradient row is NaN.
+        hit = (block.class_ids == ids) | (ids < 0)
+        weights = block.class_weights
+        if weights is not None:
+            weights = jnp.where(hit, weights, 0)
+        surprise = of(ids, jnp.where(hit, values_of(block), 0), weights)
+        return jnp.sum(surprise, axis=axis, keepdims=True)
+
+    def by_gather(block: Block, ids: jax.Array) -> jax.Array:
+        picked = block_at(axis, block, jnp.maximum(ids, 0))
+        return of(ids, values_of(picked), picked.class_weights)
+
+    loss = on_one_device(by_mask, by_gather)(block, ids)
+    return zero_in_dropped_rows(loss, block.keep_row)
+
+
+@jax.custom_jvp
 def _clip(probs: jax.Array, epsilon: ArrayLike) -> jax.Array:
     """Clips to [epsilon, 1 − epsilon]; the derivative is 1 everywhere.
 
@@ -209,5 +247,9 @@ def _clip(probs: jax.Array, epsilon: ArrayLike) -> jax.Array:
     margin = jnp.asarray(epsilon).astype(probs.dtype)
     low = jnp.maximum(margin, limits.tiny)
     high = jnp.minimum(1 - margin, 1 - limits.epsneg)
-    constant = jax.lax.stop_gradient
-    return constant(jnp.clip(probs, low, high)) + (probs - constant(probs))
+    return jnp.clip(probs, low, high)
+
+
+@_clip.defjvp
+def _clip_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    return _clip(*primals), tangents[0]

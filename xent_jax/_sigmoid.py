@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _checks, _numerics
-from xent_jax._class_reductions import apart
-from xent_jax._numerics import accumulation_dtype
+from xent_jax import _arguments, _checks
+from xent_jax._reductions.classes import unfused
+from xent_jax._reductions.precision import accumulation_dtype, scaled
+from xent_jax._reductions.tangents import unless_zero
 
 
 def sigmoid_binary_cross_entropy(
@@ -142,14 +143,14 @@ def _binary_terms(
     losing = jnp.where(parts.ahead, parts.negative, parts.positive)
     linear = losing * jnp.where(losing == 0, 0, parts.size)
     total = parts.positive + parts.negative
-    return _kept(apart(total * jnp.log1p(parts.small) + linear), keep)
+    return _kept(unfused(total * jnp.log1p(parts.small) + linear), keep)
 
 
 @functools.partial(_binary_terms.defjvp, symbolic_zeros=True)
 def _binary_terms_jvp(
     primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    dots = [_numerics.unless_zero(tangent) for tangent in tangents]
+    dots = [unless_zero(tangent) for tangent in tangents]
     rule = jax.checkpoint(_binary_terms_dot, prevent_cse=False)
     return _binary_terms(*primals), rule(*primals, *dots[:3])
 
@@ -178,13 +179,13 @@ def _binary_terms_dot(
         # pos_weight·softplus(−x) − softplus(x); without a weight this is −x.
         signed = jnp.where(parts.ahead, -parts.size, parts.size)
         if weight is not None:
-            weighted = _numerics.scaled(weight, parts.size)
+            weighted = scaled(weight, parts.size)
             signed = jnp.where(parts.ahead, -parts.size, weighted)
             signed = signed + (weight - 1) * log_mass
         loss += _kept(signed, keep) * _kept(targets_dot, keep)
     if weight_dot is not None:
         softplus = log_mass + jnp.where(parts.ahead, 0, parts.size)
-        share = _numerics.scaled(targets, softplus)
+        share = scaled(targets, softplus)
         loss += _kept(share, keep) * _kept(
             jnp.broadcast_to(weight_dot, loss.shape), keep
         )

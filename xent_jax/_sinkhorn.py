@@ -9,10 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _balancing, _checks, _numerics, _target_terms
+from xent_jax import _arguments, _balancing, _checks
 from xent_jax._balancing import Problem
-from xent_jax._class_axis import AxisName, ClassAxis, psum
-from xent_jax._numerics import Masked, accumulation_dtype
+from xent_jax._forms.rows import Given, row_results
+from xent_jax._reductions.axis import AxisName, ClassAxis, psum
+from xent_jax._reductions.precision import accumulation_dtype
+from xent_jax._targets.block import Block, class_ids, zero_in_dropped_rows
+from xent_jax._targets.dense import DenseTargets
 
 
 def sinkhorn_targets(
@@ -198,11 +201,12 @@ def sinkhorn_cross_entropy(
     dtype = jnp.dtype(jnp.float64 if double else jnp.float32)
     mask = _arguments.read_mask(function, where, array.shape[:1], "one a sample")
     keep = None if mask is None else mask[:, None]
-    values = _scaled_logits(Masked(array.astype(dtype), None, keep), temperature)
-    terms = _target_terms.target_terms(
-        ClassAxis(-1), values, targets.astype(dtype), None, keep
-    )
-    return jnp.squeeze(terms.loss, -1)
+    values = zero_in_dropped_rows(array.astype(dtype), keep)
+    values = _scaled_logits(values, temperature)
+    block = Block(values, class_ids(values, -1, 0), keep_row=keep)
+    kind = DenseTargets(ClassAxis(-1))
+    results = row_results(Given(kind), block, targets.astype(dtype))
+    return jnp.squeeze(results.loss, -1)
 
 
 def _constant(value: Any) -> Any:
@@ -210,9 +214,8 @@ def _constant(value: Any) -> Any:
     return jax.lax.stop_gradient(value) if isinstance(value, jax.Array) else value
 
 
-def _scaled_logits(logits: Masked, temperature: ArrayLike) -> jax.Array:
+def _scaled_logits(values: jax.Array, temperature: ArrayLike) -> jax.Array:
     """Returns the logits over the temperature, less a number a row."""
-    values = _numerics.masked(logits)
     if not isinstance(temperature, jax.Array) and temperature == 1:
         return values
     below = values - jax.lax.stop_gradient(jnp.max(values, axis=-1, keepdims=True))
@@ -252,16 +255,15 @@ def _targets(
         tol = jnp.asarray(tol).astype(dtype)
     rows = _arguments.read_mask(function, where, array.shape[:1], "one a sample")
     keep = None if rows is None else rows[:, None]
-    inputs = Masked(array, None, keep)
     problem = Problem(
-        scores=_numerics.masked(inputs),
+        scores=zero_in_dropped_rows(array.astype(dtype), keep),
         counted=None if keep is None else _counted(keep, batch_axis_name),
         prior=_read_prior(function, prior, array.shape[1], dtype),
         epsilon=jnp.asarray(epsilon).astype(dtype),
     )
     count = _checks.read_count(function, "num_iters", num_iters)
     targets = _balancing.solve(problem, count, tol, batch_axis_name)
-    return _numerics.zero_where_dropped(targets, inputs)
+    return zero_in_dropped_rows(targets, keep)
 
 
 def _read_prior(

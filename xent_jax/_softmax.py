@@ -6,10 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _label_terms, _numerics, _target_terms
+from xent_jax import _arguments
 from xent_jax._arguments import Axis, Keep, Layout
-from xent_jax._class_axis import AxisName
-from xent_jax._numerics import Masked
+from xent_jax._forms.linearized import linearized_loss
+from xent_jax._forms.rows import Given, row_results
+from xent_jax._reductions.axis import AxisName
+from xent_jax._reductions.precision import accumulation_dtype
+from xent_jax._targets.block import Block, class_ids, zero_where_dropped
+from xent_jax._targets.class_ids import ClassIds, Coefficients, combined
+from xent_jax._targets.dense import DenseTargets
 
 
 def softmax_cross_entropy(
@@ -93,8 +98,8 @@ def softmax_cross_entropy(
     )
     keep = _arguments.read_where(layout, where)
     targets = _arguments.read_targets(layout, labels, array.dtype)
-    inputs = Masked(array, keep.classes, keep.rows)
-    targets = _numerics.zero_where_dropped(targets, inputs)
+    block = _block(array, layout, keep)
+    targets = zero_where_dropped(targets, block)
     smoothing = _arguments.read_scalar(
         function, "label_smoothing", label_smoothing, array.dtype, highest=1
     )
@@ -106,16 +111,14 @@ def softmax_cross_entropy(
     if share is not None:
         targets = _share(share, targets, array)
     if smoothing is not None:
-        spread = smoothing / _count_classes(array, layout, keep)
+        uniform = smoothing / _count_classes(array, layout, keep)
         if weights is not None:
-            spread = _share(weights, spread, array)
-        targets = targets + spread
-    terms = _target_terms.target_terms(
-        layout.class_axis, array, targets, keep.classes, keep.rows
-    )
-    loss = terms.loss
+            uniform = _share(weights, uniform, array)
+        targets = targets + uniform
+    results = row_results(Given(DenseTargets(layout.class_axis)), block, targets)
+    loss = results.loss
     if coefficient is not None:
-        loss = loss + coefficient * jnp.square(terms.log_normalizer)
+        loss = loss + coefficient * jnp.square(results.log_normalizer)
     return layout.squeeze(loss)
 
 
@@ -213,21 +216,19 @@ def softmax_cross_entropy_with_integer_labels(
     )
     weights = _arguments.read_class_weights(layout, class_weights, array.dtype)
     coefficient = _arguments.read_scalar(function, "z_loss", z_loss, array.dtype)
-    config = _label_terms.LabelConfig(
+    kind = ClassIds(
         layout.class_axis,
-        spread=smoothing is not None,
-        normalizer=coefficient is not None,
-        weight=weights is not None,
+        uniform=smoothing is not None,
+        label_weight=weights is not None,
     )
-    terms = _label_terms.label_terms(
-        config, array, ids, weights, keep.classes, keep.rows
-    )
-    own, spread = terms.weight, None
+    block = _block(array, layout, keep)._replace(class_weights=weights)
+    results = row_results(Given(kind), block, ids)
+    own, uniform = results.label_weight, None
     if smoothing is not None:
         own = 1 - smoothing if own is None else (1 - smoothing) * own
-        spread = smoothing / _count_classes(array, layout, keep)
-    coefficients = _label_terms.Coefficients(own, spread, coefficient)
-    return layout.squeeze(_label_terms.combined(terms, coefficients))
+        uniform = smoothing / _count_classes(array, layout, keep)
+    coefficients = Coefficients(own, uniform, coefficient)
+    return layout.squeeze(combined(results, coefficients))
 
 
 def linearized_softmax_cross_entropy(
@@ -269,12 +270,19 @@ def linearized_softmax_cross_entropy(
     function = "linearized_softmax_cross_entropy"
     array, layout = _arguments.read_logits(function, "logits", logits, axis)
     targets = _arguments.read_targets(layout, labels, array.dtype)
-    return layout.squeeze(_target_terms.linearized_terms(layout.axis, array, targets))
+    return layout.squeeze(linearized_loss(layout.class_axis, array, targets))
+
+
+def _block(array: jax.Array, layout: Layout, keep: Keep) -> Block:
+    classes = layout.class_axis
+    first = classes.first(layout.num_classes)
+    ids = class_ids(array, classes.axis, first)
+    return Block(array, ids, keep.classes, keep.rows)
 
 
 def _count_classes(array: jax.Array, layout: Layout, keep: Keep) -> jax.Array:
     """Returns the number of kept classes, of all shards, at least 1."""
-    dtype = _numerics.accumulation_dtype(array.dtype)
+    dtype = accumulation_dtype(array.dtype)
     if keep.count is not None:
         return jnp.maximum(keep.count, 1).astype(dtype)
     return jnp.asarray(layout.class_axis.count(layout.num_classes), dtype)

@@ -1,8 +1,14 @@
-"""Reductions over the class axis that XLA does well on a CPU, a GPU and a TPU.
+"""Sums and maxima over the class axis that XLA does well on a CPU, a GPU and a TPU.
 
 What is reduced is an elementwise function of the logits. Everywhere but on a CPU the
 plain reduction is one pass over them; there, the sums of slices are written out. Masks,
 labels and dtypes are the business of that function.
+
+Every sum on a CPU is a tree. A number goes through at most 4 additions of slices, 6 of
+lanes, 15 (XLA's, of fewer than 16 lanes; about 8 where there are 64 or more) and 3 of
+groups; in `SPLIT_SUM` the largest numbers, of which a row's is 1, only through the
+first 4 together with the others. No sum is therefore off by more than 28 roundings of
+what is small in it and 4 of what is large, for any number of classes.
 """
 
 import functools
@@ -14,23 +20,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xent_jax._one_device import one_device
+from xent_jax._reductions.lowering import on_one_device
 
 # XLA:CPU vectorises an elementwise fusion, exponentials included, but falls back to
 # slow loops, or to a materialised copy of the operand, for a reduction of anything
 # but a bare array. The classes are therefore cut into slices: an elementwise tree over
-# them is one fusion, whose result has the lanes of one slice. With few lanes XLA:CPU
-# would fuse the reduction of the lanes as well, and vectorise nothing.
-_FEWEST_SLICES, _FEWEST_LANES = 4, 64
+# them is one fusion, whose result has the lanes of one slice. Few classes are a slice
+# each.
+_MOST_SINGLE = 32
 # XLA:CPU does not fuse what it would have to compute more than 15 times. Slices of an
 # operand that is converted first are fewer; slices of that first result, which is not
 # to be computed again for each of them, are more.
 _MOST_SLICES = 14
-_SLICES_OF_RESULT, _FEWEST_LANES_OF_RESULT = 16, 8
+_FEWEST_SLICES_OF_RESULT, _MOST_SLICES_OF_RESULT = 16, 32
 # More slices come in groups, one after the other, so that the lanes stay in the cache,
 # and in memory that the allocator gives out again without clearing it; few groups, as
 # each is compiled.
-_MOST_GROUPS, _MOST_BYTES_OF_RESULT = 8, 4 << 20
+_MOST_GROUPS, _MOST_BYTES_OF_RESULT, _FEWEST_LANES_OF_GROUP = 8, 4 << 20, 128
 _VECTOR = 16  # lanes that do not fill the last vector are computed one by one
 _EDGE = 2.0**-6  # a power of two, so that `_split` is exact
 
@@ -44,6 +50,8 @@ class Reduction(NamedTuple):
       reduce_lanes: of arrays over an axis, which is kept, on a CPU.
       together: how many arrays that takes at once.
       neutral: what changes nothing.
+      reused: whether several fusions use the result: it is written to memory then, and
+        not computed anew for each of them.
     """
 
     reduce: Callable[..., jax.Array]
@@ -51,6 +59,7 @@ class Reduction(NamedTuple):
     reduce_lanes: Callable[..., list[jax.Array]]
     together: int
     neutral: float
+    reused: bool = False
 
 
 class _Slices(NamedTuple):
@@ -134,43 +143,37 @@ def reduce_classes(
         reduce = functools.partial(reduction.reduce, axis=axis, keepdims=True)
         return jax.tree.map(reduce, terms(*operands))
 
-    def in_slices(*operands: Any) -> Any:
-        return _reduce_in_slices(reduction, terms, axis, *operands)
-
-    def on_cpu(*operands: Any) -> Any:
-        # Slices of classes that are sharded would be gathered.
-        return jax.lax.cond(one_device(), in_slices, plain, *operands)
-
     leaves = jax.tree.leaves(operands)
     size = next((a.shape[axis] for a in leaves if a.shape[axis] != 1), 1)
-    # A symbolic number of classes is no int. An axis of an Explicit mesh cannot be cut.
-    if not isinstance(size, int) or any(map(is_sharded, leaves)):
+    if not isinstance(size, int) or size == 1:  # a symbolic number of classes is no int
         return plain(*operands)
-    if size < _FEWEST_SLICES * _FEWEST_LANES:
-        return plain(*operands)
-    return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=plain)
+    # Slices of classes that are sharded would be gathered.
+    alone = functools.partial(_reduce_in_slices, reduction, terms, axis)
+    return on_one_device(plain, alone)(*operands)
 
 
 def _slices_of_operands(leaves: Sequence[jax.Array], axis: int) -> list[_Slices]:
     """Returns groups of slices, of a result each."""
     shape = jnp.broadcast_shapes(*(array.shape for array in leaves))
     size = shape[axis]
-    slices = min(_MOST_SLICES, size // _FEWEST_LANES)
+    if size <= _MOST_SINGLE:
+        return [_Slices.of(axis, size, 1)]
     # Symbolic sizes are not counted.
-    numbers = math.prod(count for count in shape if isinstance(count, int)) // slices
+    numbers = math.prod(count for count in shape if isinstance(count, int))
     groups = min(
-        4 * numbers // _MOST_BYTES_OF_RESULT,
-        size // (slices * _SLICES_OF_RESULT * _FEWEST_LANES_OF_RESULT),
+        4 * numbers // (_MOST_SLICES * _MOST_BYTES_OF_RESULT),
+        size // (_MOST_SLICES * _FEWEST_LANES_OF_GROUP),
         _MOST_GROUPS,
     )
-    lanes = -(-size // (slices * max(groups, 1)))
+    lanes = -(-size // (_MOST_SLICES * max(groups, 1)))
     lanes = min(-(-lanes // _VECTOR) * _VECTOR, size)
-    return _Slices.of(axis, size, lanes).groups(slices)
+    return _Slices.of(axis, size, lanes).groups(_MOST_SLICES)
 
 
 def _reduce_in_slices(
     reduction: Reduction, terms: Callable[..., Any], axis: int, *operands: Any
 ) -> Any:
+    terms = jax.jit(terms)  # traced once, called a slice
     leaves, structure = jax.tree.flatten(operands)
     totals, last = [], None
     for slices in _slices_of_operands(leaves, axis):
@@ -184,14 +187,19 @@ def _reduce_in_slices(
         for start in range(0, len(parts), reduction.together):
             first, *rest = parts[start : start + reduction.together]
             # One after the other, or XLA:CPU keeps the lanes of all in memory at once.
-            first = apart(first, last)
-            reduced += map(apart, reduction.reduce_lanes(axis, first, *rest))
+            first = unfused(first, last)
+            if slices.lanes > 1:
+                reduced += map(unfused, reduction.reduce_lanes(axis, first, *rest))
+            elif reduction.reused:
+                reduced += [_written(axis, reduction, part) for part in (first, *rest)]
+            else:
+                reduced += [first, *rest]
             last = reduced[-1]
         totals.append(jax.tree.unflatten(names, reduced))
     return jax.tree.map(functools.partial(_in_a_tree, reduction.combine), *totals)
 
 
-def apart(array: jax.Array, after: jax.Array | None = None) -> jax.Array:
+def unfused(array: jax.Array, after: jax.Array | None = None) -> jax.Array:
     """Returns the array, which XLA:CPU does not fuse with a reduction that follows.
 
     It would take parts of the expression into its library routine for reductions, and
@@ -204,6 +212,16 @@ def apart(array: jax.Array, after: jax.Array | None = None) -> jax.Array:
     if after is None:
         return jnp.where(array == array, array, -array)
     return jnp.where(after == after, array, after)
+
+
+def _written(axis: int, reduction: Reduction, part: jax.Array) -> jax.Array:
+    """Returns the array, of size 1 along the axis, which XLA:CPU writes to memory.
+
+    Its library routine for reductions, which this calls, takes arrays from there.
+    """
+    neutral = jnp.full_like(part, reduction.neutral)
+    pair = unfused(jnp.concatenate([part, neutral], axis))
+    return reduction.reduce(pair, axis=axis, keepdims=True)
 
 
 def _split(values: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -228,41 +246,46 @@ def _split_sum(values: jax.Array, **options: Any) -> jax.Array:
     return jnp.sum(small, **options) + jnp.sum(large, **options)
 
 
-def _slices_of_result(part: jax.Array, axis: int) -> _Slices | None:
-    """Returns the slices that lanes are summed in, `None` where they are few."""
-    size = part.shape[axis]
-    lanes = size // _SLICES_OF_RESULT
-    enough = lanes >= _FEWEST_LANES_OF_RESULT
-    return _Slices.of(axis, size, lanes) if enough else None
+def _in_lanes(
+    axis: int, cut: Callable[[_Slices], list[list[jax.Array]]], size: int
+) -> list[jax.Array]:
+    """Returns the sums over an axis of `size` numbers, in trees of slices.
+
+    Args:
+      axis: negative.
+      cut: the slices of one array or more.
+      size: of the axis.
+    """
+    slices = size if size < 64 else 16
+    shape = _Slices.of(axis, size, -(-size // slices))
+    sums = [shape.combined(operator.add, 0, *parts) for parts in cut(shape)]
+    if shape.lanes == 1:
+        return sums
+    if shape.lanes < 16 or shape.lanes >= 64:
+        return [jnp.sum(unfused(part), axis=axis, keepdims=True) for part in sums]
+    return [
+        _in_lanes(axis, lambda parts, array=array: [parts.cut(array)], shape.lanes)[0]
+        for array in map(unfused, sums)
+    ]
 
 
 def _sums_of_lanes(axis: int, *parts: jax.Array) -> list[jax.Array]:
-    total = functools.partial(jnp.sum, axis=axis, keepdims=True)
-    slices = _slices_of_result(parts[0], axis)
-    if slices is None:
-        return [total(part) for part in parts]
-    if len(parts) == 1:
-        cuts = [slices.cut(parts[0])]
-    else:
+    def cut(slices: _Slices) -> list[list[jax.Array]]:
+        if len(parts) == 1:
+            return [slices.cut(parts[0])]
         # Two as one complex array, for which XLA:CPU reads the operands once.
         pairs = slices.cut(jax.lax.complex(*parts))
-        cuts = [list(map(jnp.real, pairs)), list(map(jnp.imag, pairs))]
-    return [total(apart(slices.combined(operator.add, 0, *cut))) for cut in cuts]
+        return [list(map(jnp.real, pairs)), list(map(jnp.imag, pairs))]
+
+    return _in_lanes(axis, cut, parts[0].shape[axis])
 
 
 def _split_sum_of_lanes(axis: int, part: jax.Array) -> list[jax.Array]:
-    slices = _slices_of_result(part, axis)
-    if slices is None:
-        # As one complex sum, because XLA:CPU would write the exponentials to memory
-        # before it fuses them into two.
-        pair = jnp.sum(jax.lax.complex(*_split(part)), axis=axis, keepdims=True)
-        return [jnp.real(pair) + jnp.imag(pair)]
-    small, large = (
-        apart(slices.combined(operator.add, 0, *parts))
-        for parts in zip(*map(_split, slices.cut(part)), strict=True)
-    )
-    total = functools.partial(jnp.sum, axis=axis, keepdims=True)
-    return [total(small) + total(large)]
+    def cut(slices: _Slices) -> list[list[jax.Array]]:
+        return list(map(list, zip(*map(_split, slices.cut(part)), strict=True)))
+
+    small, large = _in_lanes(axis, cut, part.shape[axis])
+    return [small + large]
 
 
 def _max_of_lanes(axis: int, part: jax.Array) -> list[jax.Array]:
@@ -280,15 +303,14 @@ def sum_classes(terms: Callable[..., Any], operands: tuple[Any, ...], axis: int)
 
 
 def max_classes(
-    term: Callable[..., jax.Array], operands: tuple[Any, ...], axis: int
+    term: Callable[..., jax.Array],
+    operands: tuple[Any, ...],
+    axis: int,
+    *,
+    reused: bool = False,
 ) -> jax.Array:
     """Returns the maximum over the classes of `term(*operands)`.
 
     On a CPU, XLA may pass over a NaN.
     """
-    return reduce_classes(MAX, term, operands, axis)
-
-
-def is_sharded(array: jax.Array) -> bool:
-    """Whether an array is known to be sharded: on a mesh of Explicit axes."""
-    return any(name is not None for name in jax.typeof(array).sharding.spec)
+    return reduce_classes(MAX._replace(reused=reused), term, operands, axis)

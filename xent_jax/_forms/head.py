@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xent_jax._class_axis import ClassAxis
-from xent_jax._numerics import accumulation_dtype
+from xent_jax._reductions.axis import ClassAxis
+from xent_jax._reductions.precision import accumulation_dtype
 
 
 class Layer(NamedTuple):

@@ -13,32 +13,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xent_jax import _label_terms
-from xent_jax._blocks import loop, varying, zeros
-from xent_jax._class_axis import psum
-from xent_jax._class_reductions import is_sharded
-from xent_jax._label_terms import Coefficients, LabelConfig, LabelTerms
-from xent_jax._layer import (
-    Layer,
-    Rows,
-    capped,
-    kept_hidden,
-    product,
-)
-from xent_jax._numerics import (
-    Masked,
-    accumulation_dtype,
-    known_tangents,
-    tangent_of,
-)
-from xent_jax._one_device import one_device
+from xent_jax._forms.head import Layer, Rows, capped, kept_hidden, product
+from xent_jax._forms.loops import loop, varying, zeros
+from xent_jax._forms.rows import Given, row_results
+from xent_jax._reductions.axis import psum
+from xent_jax._reductions.lowering import is_sharded, one_device
+from xent_jax._reductions.precision import accumulation_dtype
+from xent_jax._reductions.tangents import known_tangents, tangent_of
+from xent_jax._targets.block import Block, class_ids, values_of, zero_where_dropped
+from xent_jax._targets.class_ids import ClassIds, Coefficients, Results, combined
 
 
-class SumConfig(NamedTuple):
-    """What is static in the sum."""
+class RowBlocks(NamedTuple):
+    """The form; static."""
 
-    row_block: int
-    terms: LabelConfig
+    kind: ClassIds
+    size: int  # rows a block
     skip: bool  # whether blocks without a kept row are to be left out
 
 
@@ -60,46 +50,40 @@ class _Small(NamedTuple):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def linear_loss_sum(
-    config: SumConfig, rows: Rows, layer: Layer, coefficients: Coefficients
+    form: RowBlocks, rows: Rows, layer: Layer, coefficients: Coefficients
 ) -> jax.Array:
     """Returns Σ over the rows of their combined terms, without the logits.
 
     Args:
-      config: static.
+      form: static.
       rows: N of them, each counted as its coefficients say.
       layer: what makes the logits.
       coefficients: [N, 1], in the accumulation dtype.
     """
-    return _value(config, rows, layer, coefficients)
+    return _value(form, rows, layer, coefficients)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _value(
-    config: SumConfig, rows: Rows, layer: Layer, coefficients: Coefficients
+    form: RowBlocks, rows: Rows, layer: Layer, coefficients: Coefficients
 ) -> jax.Array:
     kernel = layer.kernel.astype(rows.hidden.dtype)
 
     def step(total: jax.Array, block: _Block) -> tuple[jax.Array, None]:
         linear = product(block.rows.hidden, kernel)
         logits = capped(linear, layer.bias, layer.softcap)
-        terms = _label_terms.label_terms(
-            config.terms,
-            logits,
-            block.rows.labels,
-            layer.class_weights,
-            layer.class_mask,
-            block.rows.keep,
-        )
-        return total + _total(terms, block.coefficients), None
+        given, labels = _logits_block(form, logits, layer, block.rows)
+        results = row_results(Given(form.kind), given, labels)
+        return total + _total(results, block.coefficients), None
 
-    blocks = _split(config, rows, coefficients)
+    blocks = _split(form, rows, coefficients)
     # A sum over the classes does not differ over their shards.
     start = varying(
         _start(rows, coefficients),
         (rows, layer, coefficients),
-        config.terms.classes.names,
+        form.kind.classes.names,
     )
-    return loop(_unless_idle(config, step), start, blocks)[0]
+    return loop(_unless_idle(form, step), start, blocks)[0]
 
 
 def _start(rows: Rows, coefficients: Coefficients) -> jax.Array:
@@ -108,8 +92,18 @@ def _start(rows: Rows, coefficients: Coefficients) -> jax.Array:
     return zeros((), dtype, (rows.labels, rows.keep, coefficients))
 
 
-def _total(terms: LabelTerms, coefficients: Coefficients) -> jax.Array:
-    return jnp.sum(_label_terms.combined(terms, coefficients))
+def _total(results: Results, coefficients: Coefficients) -> jax.Array:
+    return jnp.sum(combined(results, coefficients))
+
+
+def _logits_block(
+    form: RowBlocks, logits: jax.Array, layer: Layer, rows: Rows
+) -> tuple[Block, jax.Array]:
+    """Returns a block of rows with its logits, and their labels."""
+    first = form.kind.classes.first(logits.shape[-1])
+    ids = class_ids(logits, -1, first)
+    mask, weights = layer.class_mask, layer.class_weights
+    return Block(logits, ids, mask, rows.keep, weights), rows.labels
 
 
 def _small(layer: Layer) -> _Small:
@@ -136,7 +130,7 @@ class _Gradients(NamedTuple):
 
 @functools.partial(linear_loss_sum.defjvp, symbolic_zeros=True)
 def _linear_loss_sum_jvp(
-    config: SumConfig, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    form: RowBlocks, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
     rows_dot, layer_dot, coefficients_dot = known_tangents(tangents)
     hidden_dot = rows_dot.hidden
@@ -149,12 +143,12 @@ def _linear_loss_sum_jvp(
         tuple(dot is not None for dot in dots.small),
         tuple(dot is not None for dot in dots.coefficients),
     )
-    total, gradients = _value_and_gradients(config, wanted, *primals)
+    total, gradients = _value_and_gradients(form, wanted, *primals)
     # Those by the coefficients are of all classes, the others of the classes here.
     part = _inner(gradients[:-1], dots[:-1])
     total_dot = zeros(total.shape, total.dtype, total)
     if part is not None:
-        total_dot = total_dot + psum(part, config.terms.classes.axis_name)
+        total_dot = total_dot + psum(part, form.kind.classes.axis_name)
     whole = _inner(gradients.coefficients, dots.coefficients)
     return total, total_dot if whole is None else total_dot + whole
 
@@ -168,31 +162,31 @@ def _inner(gradients: Any, dots: Any) -> jax.Array | None:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _value_and_gradients(
-    config: SumConfig,
+    form: RowBlocks,
     wanted: _Wanted,
     rows: Rows,
     layer: Layer,
     coefficients: Coefficients,
 ) -> tuple[jax.Array, _Gradients]:
     """Returns the sum and its gradients, from one loop over the blocks."""
-    return _scan(loop, config, wanted, rows, layer, coefficients)
+    return _scan(loop, form, wanted, rows, layer, coefficients)
 
 
 @functools.partial(_value_and_gradients.defjvp, symbolic_zeros=True)
 def _value_and_gradients_jvp(
-    config: SumConfig,
+    form: RowBlocks,
     wanted: _Wanted,
     primals: tuple[Any, ...],
     tangents: tuple[Any, ...],
 ) -> tuple[Any, Any]:
-    function = functools.partial(_scan, jax.lax.scan, config, wanted)
+    function = functools.partial(_scan, jax.lax.scan, form, wanted)
     return tangent_of(function, primals, known_tangents(tangents))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _scan(
     scan: Any,
-    config: SumConfig,
+    form: RowBlocks,
     wanted: _Wanted,
     rows: Rows,
     layer: Layer,
@@ -204,7 +198,7 @@ def _scan(
     hidden = varying(rows.hidden, arguments)
     layer = jax.tree.map(lambda array: varying(array, arguments), layer)
     rows, coefficients = jax.tree.map(
-        lambda array: varying(array, arguments, config.terms.classes.names),
+        lambda array: varying(array, arguments, form.kind.classes.names),
         (rows, coefficients),
     )
     # Rows may be typed as if they differed over the classes.
@@ -220,7 +214,7 @@ def _scan(
         hidden = block.rows.hidden
         linear = product(hidden, kernel)
         loss, linear_bar, small, coefficients_bar = _block_gradients(
-            config, layer, block.rows, linear, block.coefficients
+            form, layer, block.rows, linear, block.coefficients
         )
         # As the matmuls take it: in 16 bits where the features are.
         linear_bar = linear_bar.astype(hidden.dtype)
@@ -240,13 +234,13 @@ def _scan(
     def start(array: jax.Array) -> jax.Array:
         return zeros(array.shape, dtype, array)
 
-    blocks = _split(config, rows, coefficients)
+    blocks = _split(form, rows, coefficients)
     if wanted.kernel and rows.hidden.dtype.itemsize == 2:
         # XLA:CPU is twice as fast where the left factor of half-precision numbers is
         # summed over its last axis, and folds a transposition that it can see.
         blocks = blocks._replace(transposed=blocks.rows.hidden.swapaxes(1, 2))
     (total, kernel_bar, small_bar), rows_bar = scan(
-        jax.checkpoint(_unless_idle(config, step), prevent_cse=False),
+        jax.checkpoint(_unless_idle(form, step), prevent_cse=False),
         (
             _start(rows, coefficients),
             start(layer.kernel) if wanted.kernel else None,
@@ -256,13 +250,13 @@ def _scan(
     )
     count = rows.hidden.shape[0]
     hidden_bar, coefficients_bar = jax.tree.map(
-        lambda array: _joined(config, array)[:count], rows_bar
+        lambda array: _joined(form, array)[:count], rows_bar
     )
     return total, _Gradients(hidden_bar, kernel_bar, small_bar, coefficients_bar)
 
 
 def _block_gradients(
-    config: SumConfig,
+    form: RowBlocks,
     layer: Layer,
     rows: Rows,
     linear: jax.Array,
@@ -274,21 +268,28 @@ def _block_gradients(
     transposed.
     """
     logits, pull_logits = jax.vjp(capped, linear, layer.bias, layer.softcap)
-    inputs = Masked(logits, layer.class_mask, rows.keep)
-    labels, weights = rows.labels, layer.class_weights
-    results = _label_terms.label_results(config.terms, inputs, labels, weights)
-
-    def partial_terms(logits: jax.Array, weights: jax.Array | None) -> LabelTerms:
-        return _label_terms.partial_label_terms(
-            config.terms, inputs._replace(logits=logits), labels, weights, results
-        )
-
-    terms, pull_terms = jax.vjp(partial_terms, logits, weights)
-    loss, pull_loss = jax.vjp(_total, results.terms, coefficients)
-    terms_bar, coefficients_bar = pull_loss(jnp.ones_like(loss))
-    terms_bar = jax.tree.map(varying, terms_bar, terms)
-    logits_bar, weights_bar = pull_terms(terms_bar)
-    linear_bar, bias_bar, softcap_bar = pull_logits(logits_bar)
+    block, labels = _logits_block(form, logits, layer, rows)
+    results = row_results(Given(form.kind).differentiated(), block, labels)
+    # Of what a loss is composed of: numbers, and not the statistics behind them.
+    outer = results._replace(statistics=None, prediction=None, total_weight=None)
+    loss, pull_loss = jax.vjp(_total, outer, coefficients)
+    outer_bar, coefficients_bar = pull_loss(jnp.ones_like(loss))
+    slopes = form.kind.slopes(block, labels, results)
+    parts = [
+        (outer_bar.loss, slopes.loss),
+        (outer_bar.log_normalizer, slopes.log_normalizer),
+        (outer_bar.uniform, slopes.uniform),
+    ]
+    used = [True, coefficients.square is not None, slopes.uniform is not None]
+    parts = [bar * slope for use, (bar, slope) in zip(used, parts, strict=True) if use]
+    linear_bar, bias_bar, softcap_bar = pull_logits(functools.reduce(jnp.add, parts))
+    weights_bar = None
+    if layer.class_weights is not None and slopes.uniform is not None:
+        surprise = results.log_normalizer - values_of(block)
+        weights_bar = outer_bar.uniform * zero_where_dropped(surprise, block)
+        weights_bar = jnp.sum(weights_bar, axis=0, keepdims=True)
+    elif layer.class_weights is not None:
+        weights_bar = zeros(layer.class_weights.shape, loss.dtype, layer.class_weights)
     small = _Small(bias_bar, softcap_bar, weights_bar)
     return loss, linear_bar, small, coefficients_bar
 
@@ -299,7 +300,7 @@ def _only(wanted: tuple[bool, ...], values: Any) -> Any:
     return type(values)(*(value if want else None for want, value in pairs))
 
 
-def _split(config: SumConfig, rows: Rows, coefficients: Coefficients) -> _Block:
+def _split(form: RowBlocks, rows: Rows, coefficients: Coefficients) -> _Block:
     """Returns the rows in blocks; a dropped row is what is missing.
 
     On several devices a block has every n-th row of n blocks: where rows are sharded
@@ -307,7 +308,7 @@ def _split(config: SumConfig, rows: Rows, coefficients: Coefficients) -> _Block:
     around. Otherwise, and for blocks that may be left out, as dropped rows lie
     together, a block is of rows that lie together, which takes no copy.
     """
-    size = config.row_block
+    size = form.size
     rows = rows._replace(hidden=kept_hidden(rows))
     count = rows.hidden.shape[0]
     blocks = -(-count // size)
@@ -321,7 +322,7 @@ def _split(config: SumConfig, rows: Rows, coefficients: Coefficients) -> _Block:
             array = jnp.pad(array, ((0, missing), (0, 0)))
         features = array.shape[-1]
         return _together_or_apart(
-            config,
+            form,
             lambda array: array.reshape(blocks, size, features),
             lambda array: array.reshape(size, blocks, features).swapaxes(0, 1),
             array,
@@ -330,11 +331,11 @@ def _split(config: SumConfig, rows: Rows, coefficients: Coefficients) -> _Block:
     return jax.tree.map(split, _Block(rows, coefficients, None))
 
 
-def _joined(config: SumConfig, blocks: jax.Array) -> jax.Array:
+def _joined(form: RowBlocks, blocks: jax.Array) -> jax.Array:
     """Returns the rows of all blocks as one axis, in their order before `_split`."""
     count, size, features = blocks.shape
     return _together_or_apart(
-        config,
+        form,
         lambda blocks: blocks.reshape(count * size, features),
         lambda blocks: blocks.swapaxes(0, 1).reshape(count * size, features),
         blocks,
@@ -342,19 +343,19 @@ def _joined(config: SumConfig, blocks: jax.Array) -> jax.Array:
 
 
 def _together_or_apart(
-    config: SumConfig, together: Any, apart: Any, array: jax.Array
+    form: RowBlocks, together: Any, apart: Any, array: jax.Array
 ) -> jax.Array:
     """Returns one of two functions of an array, by where the rows of a block are."""
-    if config.skip:
+    if form.skip:
         return together(array)
     if is_sharded(array):
         return apart(array)
     return jax.lax.cond(one_device(), together, apart, array)
 
 
-def _unless_idle(config: SumConfig, step: Any) -> Any:
+def _unless_idle(form: RowBlocks, step: Any) -> Any:
     """Returns the step of a scan, left out for a block of dropped rows."""
-    if not config.skip:
+    if not form.skip:
         return step
 
     def idle(carry: Any, block: _Block) -> tuple[Any, Any]:

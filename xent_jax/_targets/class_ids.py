@@ -1,0 +1,413 @@
+"""Class ids as targets: the label is left out of the normaliser.
+
+Written the plain way, `logsumexp(x) − x[y]`, the difference of two rounded numbers loses
+every digit once the label wins by more than the precision of the dtype: the loss and
+its gradient become exactly 0. With the best rival m = max_{j≠y} x_j as the pivot,
+R = Σ_{j≠y} exp(x_j − m) and w = R·exp(m − x_y), the loss is log1p(w) and the label's
+gradient −w / (1 + w): sums and products of non-negative terms, so errors add up and
+never amplify.
+
+The sums of a block are relative to its own best rival. Two blocks are added after both
+are made relative to the better one, so that nothing overflows and no term is negative.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xent_jax._reductions.axis import ClassAxis
+from xent_jax._reductions.classes import SPLIT_SUM, SUM, max_classes, reduce_classes
+from xent_jax._reductions.lowering import on_one_device
+from xent_jax._reductions.precision import nan_where, scaled
+from xent_jax._targets import label_row
+from xent_jax._targets.block import (
+    Block,
+    block_at,
+    values_of,
+    zero_in_dropped_rows,
+    zero_where_dropped,
+)
+from xent_jax._targets.label_row import RowStatistics, pivot_of
+
+
+class UniformSums(NamedTuple):
+    """What the loss of uniform targets, weighted by class, is made of."""
+
+    distance: jax.Array  # Σ_{j≠y} w_j (pivot − x_j)
+    rivals: jax.Array  # Σ_{j≠y} w_j over the kept classes
+    label: jax.Array  # w_y, 0 where its class is dropped
+
+
+class Largest(NamedTuple):
+    """The largest logit, the label's included."""
+
+    logit: jax.Array
+    class_id: jax.Array  # int32, the lowest of equally large ones
+
+
+class Sums(NamedTuple):
+    """Per row, of size 1 along the class axis; `None` where not wanted."""
+
+    best_rival: jax.Array  # −inf where there is none; the pivot of the other sums
+    rivals: jax.Array  # Σ_{j≠y} exp(x_j − pivot)
+    label_logit: jax.Array  # 0 where the label is in another block
+    uniform: UniformSums | None
+    label_weight: jax.Array | None  # w_y, also where the label's class is dropped
+    distance: jax.Array | None  # Σ_{j≠y} exp(x_j − pivot) (pivot − x_j)
+    largest: Largest | None
+
+
+class Results(NamedTuple):
+    """Per row, of size 1 along the class axis; `None` where not wanted.
+
+    What a loss is composed of is 0 in a dropped row.
+    """
+
+    loss: jax.Array  # log-normaliser − x_y
+    log_normalizer: jax.Array
+    uniform: jax.Array | None  # Σ_j w_j (log-normaliser − x_j) over the kept classes
+    label_weight: jax.Array | None  # w_y
+    entropy: jax.Array | None  # Σ_j p_j (log-normaliser − x_j)
+    prediction: jax.Array | None  # int32, −1 where there is no largest logit
+    statistics: RowStatistics  # what derivatives are made of
+    total_weight: jax.Array | None  # Σ_j w_j over the kept classes, for `uniform`
+
+
+class Slopes(NamedTuple):
+    """The derivatives of the results by the logits of a block, elementwise."""
+
+    loss: jax.Array
+    log_normalizer: jax.Array
+    uniform: jax.Array | None
+    entropy: jax.Array | None
+
+
+class ClassIds(NamedTuple):
+    """The kind of target that is one class id a row, and what is wanted of a row.
+
+    A target is int32 labels of size 1 along the class axis, which count over all blocks
+    and shards; −1 is no class.
+    """
+
+    classes: ClassAxis
+    uniform: bool = False
+    label_weight: bool = False
+    entropy: bool = False
+    prediction: bool = False
+    differentiated: bool = False
+
+    def sums(self, block: Block, labels: jax.Array) -> Sums:
+        """Returns the sums over one block of classes."""
+        axis = self.classes.axis
+        operands = block, labels
+        best_rival = max_classes(_rival, operands, axis, reused=self.differentiated)
+        pivot = pivot_of(best_rival)
+
+        def power(block: Block, labels: jax.Array, pivot: jax.Array) -> jax.Array:
+            power = jnp.exp(values_of(block) - pivot)
+            return jnp.where(block.class_ids == labels, 0, power)
+
+        def distance(block: Block, labels: jax.Array, pivot: jax.Array) -> jax.Array:
+            below = pivot - values_of(block)
+            share = jnp.exp(-below)
+            share = share * jnp.where(share == 0, 0, below)  # 0·inf is never formed
+            return jnp.where(block.class_ids == labels, 0, share)
+
+        operands = block, labels, pivot
+        split_sum = SPLIT_SUM._replace(reused=self.differentiated)
+        return Sums(
+            best_rival,
+            reduce_classes(split_sum, power, operands, axis),
+            _label_logit(axis, block, labels),
+            _uniform_sums(axis, block, labels, pivot) if self.uniform else None,
+            _label_weight(axis, block, labels) if self.label_weight else None,
+            reduce_classes(SUM, distance, operands, axis) if self.entropy else None,
+            _largest(axis, block) if self.prediction else None,
+        )
+
+    def merged(self, left: Sums, right: Sums) -> Sums:
+        """Returns the sums of two blocks together, `left` having the lower ids."""
+        best_rival = jnp.maximum(left.best_rival, right.best_rival)
+        both = _relative_to(best_rival, left), _relative_to(best_rival, right)
+        added = jax.tree.map(jnp.add, *both)
+        largest = None
+        if left.largest is not None and right.largest is not None:
+            higher = right.largest.logit > left.largest.logit
+            largest = Largest(
+                jnp.maximum(left.largest.logit, right.largest.logit),
+                jnp.where(higher, right.largest.class_id, left.largest.class_id),
+            )
+        return added._replace(best_rival=best_rival, largest=largest)
+
+    def nothing(self, sums: Sums) -> Sums:
+        """Returns the sums of no classes from zeros of the shapes of `sums`."""
+        nothing = sums._replace(best_rival=sums.best_rival - jnp.inf)
+        if nothing.largest is None:
+            return nothing
+        lowest = nothing.largest.logit - jnp.inf
+        return nothing._replace(largest=nothing.largest._replace(logit=lowest))
+
+    def over_shards(self, sums: Sums) -> Sums:
+        """Returns the sums over all shards' classes from those of each."""
+        classes = self.classes
+        if classes.axis_name is None:
+            return sums
+        best_rival = classes.largest(sums.best_rival)
+        own = _relative_to(best_rival, sums)._replace(best_rival=None, largest=None)
+        total = classes.total(own)._replace(best_rival=best_rival)
+        if sums.largest is None:
+            return total
+        # No NaN, of which a maximum over devices makes what it likes: neither is finite.
+        logit, class_id = sums.largest
+        logit = jnp.where(jnp.isnan(logit), jnp.inf, logit)
+        largest = classes.largest(logit)
+        none = jnp.iinfo(jnp.int32).max
+        lowest = -classes.largest(-jnp.where(logit == largest, class_id, none))
+        return total._replace(largest=Largest(largest, lowest))
+
+    def results(
+        self, sums: Sums, labels: jax.Array, keep_row: jax.Array | None
+    ) -> Results:
+        """Returns what the sums over all classes come to."""
+        # +inf − +inf would hide in exp(−inf) = 0.
+        undefined = (labels < 0) | (sums.label_logit == jnp.inf)
+        label_logit = nan_where(undefined, sums.label_logit)
+        row = label_row.statistics(sums.best_rival, sums.rivals, label_logit)
+        uniform = total = entropy = prediction = None
+        if sums.uniform is not None:
+            uniform = _uniform_loss(sums.uniform, row)
+            total = sums.uniform.rivals + sums.uniform.label
+        if sums.distance is not None:
+            entropy = _entropy(sums.distance, row)
+        if sums.largest is not None:
+            found = jnp.isfinite(sums.largest.logit)
+            if keep_row is not None:
+                found &= keep_row
+            prediction = jnp.where(found, sums.largest.class_id, -1)
+        loss, log_normalizer, uniform, label_weight, entropy = jax.tree.map(
+            lambda numbers: zero_in_dropped_rows(numbers, keep_row),
+            (row.loss, row.log_normalizer, uniform, sums.label_weight, entropy),
+        )
+        return Results(
+            loss,
+            log_normalizer,
+            uniform,
+            label_weight,
+            entropy,
+            prediction,
+            row.statistics,
+            total,
+        )
+
+    def slopes(self, block: Block, labels: jax.Array, results: Results) -> Slopes:
+        """Returns "mean parameter minus target" of the results, over a block."""
+        row, values = results.statistics, values_of(block)
+        hit = block.class_ids == labels
+        # The label's own exponential may overflow: its slope is made of numbers a row.
+        rival = jnp.exp(jnp.where(hit, row.pivot, values) - row.pivot)
+        rival = rival * row.rival_scale
+        softmax = jnp.where(hit, row.label_mass, rival)
+        uniform = entropy = None
+        if results.total_weight is not None:
+            weights = 1 if block.class_weights is None else block.class_weights
+            uniform = results.total_weight * softmax - weights
+        if results.entropy is not None:
+            below = row.largest - values
+            power = jnp.exp(-below - row.log_mass)
+            surprise = jnp.where(power == 0, 0, below) + row.log_mass
+            entropy = power * (surprise - results.entropy)
+        slopes = Slopes(
+            jnp.where(hit, -row.rival_mass, rival), softmax, uniform, entropy
+        )
+        return jax.tree.map(lambda slope: zero_where_dropped(slope, block), slopes)
+
+    def tangents(
+        self,
+        block: Block,
+        labels: jax.Array,
+        results: Results,
+        logits_dot: jax.Array | None,
+        weights_dot: jax.Array | None,
+    ) -> Results:
+        """Returns what a block adds to the tangents of what a loss is composed of.
+
+        Linear in the tangents of the block's logits and class weights. The statistics,
+        which are not sums over blocks, are left to `completed`.
+        """
+        axis = self.classes.axis
+        zero = zero_in_dropped_rows(jnp.zeros_like(results.loss), block.keep_row)
+        dots = Slopes(*(None if part is None else zero for part in results[:3]), None)
+        dots = dots._replace(entropy=None if results.entropy is None else zero)
+        if logits_dot is not None:
+            direction = logits_dot.astype(zero.dtype)
+            direction = zero_where_dropped(direction, block)
+            dots = jax.tree.map(
+                lambda slope: jnp.sum(slope * direction, axis=axis, keepdims=True),
+                self.slopes(block, labels, results),
+            )
+        weight = None if results.label_weight is None else zero
+        total = None if results.total_weight is None else zero
+        uniform = dots.uniform
+        if weights_dot is not None and uniform is not None:
+            change = jnp.broadcast_to(weights_dot, block.logits.shape)
+            change = zero_where_dropped(change, block)
+            surprise = results.log_normalizer - values_of(block)
+            uniform = uniform + jnp.sum(surprise * change, axis=axis, keepdims=True)
+            total = jnp.sum(change, axis=axis, keepdims=True)
+        if weights_dot is not None and weight is not None:
+            own = jnp.where(block.class_ids == labels, weights_dot, 0)
+            own = jnp.sum(own, axis=axis, keepdims=True)
+            weight = zero_in_dropped_rows(own, block.keep_row)
+        return Results(
+            dots.loss,
+            dots.log_normalizer,
+            uniform,
+            weight,
+            dots.entropy,
+            None,
+            None,
+            total,
+        )
+
+    def completed(self, results: Results, dots: Results) -> Results:
+        """Returns the tangents of all results, from those that are sums over blocks."""
+        zero = jax.custom_derivatives.zero_from_primal
+        return dots._replace(
+            prediction=jax.tree.map(zero, results.prediction),
+            statistics=label_row.tangents(
+                results.statistics, dots.loss, dots.log_normalizer
+            ),
+        )
+
+
+def _rival(block: Block, labels: jax.Array) -> jax.Array:
+    return jnp.where(block.class_ids == labels, -jnp.inf, values_of(block))
+
+
+def _label_logit(axis: int, block: Block, labels: jax.Array) -> jax.Array:
+    """Returns the logit of each row's label, 0 where the label is in another block.
+
+    A sum over a mask, which shares a pass over the logits with the other reductions,
+    except on a CPU, where a gather saves that pass.
+    """
+
+    def by_mask(block: Block, labels: jax.Array) -> jax.Array:
+        def term(block: Block, labels: jax.Array) -> jax.Array:
+            return jnp.where(block.class_ids == labels, values_of(block), 0)
+
+        return jnp.sum(term(block, labels), axis=axis, keepdims=True)
+
+    def by_gather(block: Block, labels: jax.Array) -> jax.Array:
+        here, ids = _places(block, labels)
+        picked = block_at(axis, block, ids)
+        return jnp.where(ids == here, values_of(picked), 0)
+
+    return on_one_device(by_mask, by_gather)(block, labels)
+
+
+def _label_weight(axis: int, block: Block, labels: jax.Array) -> jax.Array:
+    """Returns the weight of the label's class, 0 where it is in another block."""
+
+    def by_mask(block: Block, labels: jax.Array) -> jax.Array:
+        own = jnp.where(block.class_ids == labels, block.class_weights, 0)
+        return jnp.sum(own, axis=axis, keepdims=True)
+
+    def by_gather(block: Block, labels: jax.Array) -> jax.Array:
+        here, ids = _places(block, labels)
+        return jnp.where(ids == here, block.class_weights.reshape(-1)[ids], 0)
+
+    return on_one_device(by_mask, by_gather)(block, labels)
+
+
+def _places(block: Block, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns where the labels are in the block, and the same kept inside of it."""
+    here = labels - block.class_ids.reshape(-1)[0]
+    return here, jnp.clip(here, 0, block.class_ids.size - 1)
+
+
+def _uniform_sums(
+    axis: int, block: Block, labels: jax.Array, pivot: jax.Array
+) -> UniformSums:
+    def terms(block: Block, labels: jax.Array, pivot: jax.Array) -> UniformSums:
+        below, weights = pivot - values_of(block), block.class_weights
+        if weights is not None:
+            # A weight of 0 drops an infinite difference.
+            below = weights * jnp.where(weights == 0, 0, below)
+        else:
+            weights = jnp.ones_like(below)
+        hit = block.class_ids == labels
+        rivals = jnp.where(hit, 0, weights)
+        label = jnp.where(hit, weights, 0)
+        below = zero_where_dropped(jnp.where(hit, 0, below), block)
+        if block.keep_class is not None:
+            rivals, label = (
+                jnp.where(block.keep_class, part, 0) for part in (rivals, label)
+            )
+        return UniformSums(below, rivals, label)
+
+    return reduce_classes(SUM, terms, (block, labels, pivot), axis)
+
+
+def _largest(axis: int, block: Block) -> Largest:
+    values = values_of(block)
+    first = jnp.argmax(values, axis=axis, keepdims=True).astype(jnp.int32)
+    first = first + jax.lax.index_in_dim(block.class_ids, 0, axis)
+    return Largest(jnp.max(values, axis=axis, keepdims=True), first)
+
+
+def _relative_to(best_rival: jax.Array, sums: Sums) -> Sums:
+    """Returns the sums relative to a better rival."""
+    own = sums.best_rival
+    factor = jnp.exp(own - pivot_of(best_rival))
+    rise = jnp.where(own == -jnp.inf, 0, best_rival - own)
+    uniform, distance = sums.uniform, sums.distance
+    if uniform is not None:
+        uniform = uniform._replace(distance=uniform.distance + uniform.rivals * rise)
+    if distance is not None:
+        distance = factor * (distance + sums.rivals * rise)
+    return sums._replace(
+        best_rival=best_rival,
+        rivals=factor * sums.rivals,
+        uniform=uniform,
+        distance=distance,
+    )
+
+
+def _uniform_loss(sums: UniformSums, row: label_row.Row) -> jax.Array:
+    """Returns Σ_j w_j (log-normaliser − x_j), from non-negative terms alone."""
+    statistics = row.statistics
+    # Where every rival is impossible the pivot is a stand-in, and so is the rise.
+    rise = jnp.where(sums.rivals == 0, 0, statistics.largest - statistics.pivot)
+    gap = jnp.where(sums.label == 0, 0, row.loss - statistics.log_mass)
+    fixed = (sums.rivals + sums.label) * statistics.log_mass
+    return sums.distance + sums.rivals * rise + sums.label * gap + fixed
+
+
+def _entropy(distance: jax.Array, row: label_row.Row) -> jax.Array:
+    """Returns Σ_j p_j (log-normaliser − x_j), from non-negative terms alone."""
+    statistics = row.statistics
+    rise = (statistics.largest - statistics.pivot) + statistics.log_mass
+    rivals = statistics.rival_scale * distance
+    rivals = rivals + scaled(statistics.rival_mass, rise)
+    return rivals + scaled(statistics.label_mass, row.loss)
+
+
+class Coefficients(NamedTuple):
+    """What a row's results are multiplied by; `None` stands for 1, then 0, then 0."""
+
+    loss: jax.Array | None
+    uniform: jax.Array | None
+    square: jax.Array | None  # of the log-normaliser
+
+
+def combined(results: Results, coefficients: Coefficients) -> jax.Array:
+    """Returns the loss of every row: all options are in the coefficients."""
+    loss = results.loss
+    if coefficients.loss is not None:
+        loss = scaled(coefficients.loss, loss)
+    if results.uniform is not None and coefficients.uniform is not None:
+        loss = loss + scaled(coefficients.uniform, results.uniform)
+    if coefficients.square is not None:
+        loss = loss + coefficients.square * jnp.square(results.log_normalizer)
+    return loss
