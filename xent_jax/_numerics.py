@@ -369,11 +369,16 @@ def target_gradient(
     """Returns T·softmax(x) − t, elementwise.
 
     At the largest logit k it is (Σ_{j≠k} t_j − t_k·r) / (1 + r), which keeps the digits
-    that T·p_k − t_k loses when the target sits on a class that wins.
+    that T·p_k − t_k loses when the target sits on a class that wins. For a small r it
+    is taken as Σ_{j≠k} t_j − T·r / (1 + r), which is rounded once where 1 + r is 1.
     """
     excess, largest = statistics.excess, statistics.largest
     scale = 1 / (1 + excess)
     plain = statistics.total * (jnp.exp(values - largest) * scale) - targets
-    at_top = (statistics.rest - targets * excess) * scale
+    wins = excess < 0.125
+    base = statistics.rest - statistics.total * (excess * scale)
+    base = jnp.where(wins, base, statistics.rest)
+    factor = jnp.where(wins, 0, excess)
+    at_top = (base - targets * factor) * jnp.where(wins, 1, scale)
     top = jnp.where(statistics.ties == 1, largest, jnp.inf)
     return jnp.where(values >= top, at_top, plain)
