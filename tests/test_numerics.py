@@ -247,3 +247,21 @@ def test_classes_sharded_under_jit_need_all_reduces_only(kind):
     alone = jax.value_and_grad(mean)(np.asarray(logits), np.asarray(ids))
     np.testing.assert_allclose(value, alone[0], rtol=1e-6)
     np.testing.assert_allclose(gradient, alone[1], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("lead", [20.0, 36.0, 36.5, 37.0, 37.43, 38.0, 60.0])
+@pytest.mark.parametrize("target", [0.5, 0.25, 0.1, 1.0, 0.0])
+def test_gradients_of_dense_targets_beside_a_confident_class(target, lead, x64):
+    """In float64 to an ulp; 37.43 is where 1 + r and t − r both round."""
+    targets = np.array([target, 1 - target])
+
+    def loss(logits):
+        return xent_jax.softmax_cross_entropy(logits, targets)
+
+    odds = np.longdouble(np.exp(np.longdouble(-lead)))
+    rival = odds / (1 + odds)
+    truth = np.array([targets[1] - rival, rival - targets[1]], np.longdouble)
+    gradient = np.asarray(jax.grad(loss)(np.array([lead, 0.0])))
+    error = np.abs(gradient.astype(np.longdouble) - truth)
+    ulps = error / np.spacing(np.abs(truth).astype(np.float64))
+    assert np.all(ulps <= (0.6 if 0 < target < 1 else 2))

@@ -4,6 +4,7 @@ Inside the package the classes are on one axis, everything that is one number a 
 size 1 there, and class ids are int32 with −1 for an id that is no class.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -59,6 +60,13 @@ class Layout(NamedTuple):
         )
 
     @property
+    def kept_shape(self) -> Shape:
+        """The shape with class axes of size 1."""
+        return tuple(
+            1 if axis in self.axes else size for axis, size in enumerate(self.shape)
+        )
+
+    @property
     def batch_meaning(self) -> str:
         """How a message explains `batch_shape`."""
         plural = "axis" if len(self.axes) == 1 else "axes"
@@ -101,6 +109,8 @@ def read_logits(
     """Returns the logits (or log-probabilities, or probabilities) and their layout."""
     array = _checks.as_array(function, name, logits)
     _checks.check_floating(function, name, array)
+    if array.ndim == 0:
+        _checks.fail(ValueError, function, name, "have a class axis", array.shape)
     axes = _checks.canonical_axes(function, axis, array.ndim)
     _checks.check_axis_name(function, "class_axis_name", class_axis_name)
     if class_axis_name is not None and len(axes) != 1:
@@ -148,14 +158,29 @@ def read_mask(
 
 
 def unwrapped_ids(labels: Any) -> Any:
-    """Returns class ids that JAX does not wrap: −1 for one beyond 32 bits.
+    """Returns class ids that JAX does not wrap: what is beyond 32 bits is moved there.
 
-    Without 64-bit types JAX would keep the low 32 bits of NumPy's ids.
+    Without 64-bit types JAX would keep the low 32 bits of NumPy's ids, and of all that
+    turns into NumPy arrays. The last number of 32 bits is no more of a class than they.
     """
-    if not isinstance(labels, np.ndarray) or labels.dtype not in (np.int64, np.uint64):
+    labels = _checks.resolved(labels)
+    if isinstance(labels, jax.Array):
         return labels
-    inside = (labels >= 0) & (labels <= np.iinfo(np.int32).max)
-    return np.where(inside, labels.astype(np.int32), np.int32(-1))
+    if isinstance(labels, list | tuple):
+        return [unwrapped_ids(one) for one in labels]
+    last = np.iinfo(np.int32).max
+    if isinstance(labels, int):
+        return labels if -1 <= labels <= last else min(max(labels, -1), last)
+    ids = labels
+    if not isinstance(ids, np.ndarray | np.generic):
+        # What NumPy cannot read is JAX's affair: it may be on a device.
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            ids = np.asarray(labels)
+    if not isinstance(ids, np.ndarray | np.generic) or ids.dtype.kind not in "iu":
+        return labels
+    if ids.dtype.itemsize < 8:
+        return ids
+    return np.clip(ids, None if ids.dtype.kind == "u" else -1, last)
 
 
 def read_class_ids(layout: Layout, labels: ArrayLike, keep: Keep) -> jax.Array:
@@ -166,9 +191,10 @@ def read_class_ids(layout: Layout, labels: ArrayLike, keep: Keep) -> jax.Array:
     """
     num_classes = layout.class_axis.count(layout.num_classes)
     ids = _checks.as_array(layout.function, "labels", unwrapped_ids(labels))
-    _checks.check_class_ids(layout.function, "labels", ids)
+    hint = _hint_for_ids(layout, ids)
+    _checks.check_class_ids(layout.function, "labels", ids, hint)
     _checks.check_shape(
-        layout.function, "labels", ids, layout.batch_shape, layout.batch_meaning
+        layout.function, "labels", ids, layout.batch_shape, layout.batch_meaning, hint
     )
     if jnp.iinfo(ids.dtype).bits < 32:
         ids = ids.astype(jnp.int32)
@@ -178,13 +204,32 @@ def read_class_ids(layout: Layout, labels: ArrayLike, keep: Keep) -> jax.Array:
     return ids if keep.rows is None else jnp.where(keep.rows, ids, 0)
 
 
+def _hint_for_ids(layout: Layout, labels: jax.Array) -> str:
+    """Returns what a message says about labels that are no class ids of the batch."""
+    integers = jnp.issubdtype(labels.dtype, jnp.integer)
+    if integers and labels.shape == layout.kept_shape:
+        axes = layout.axes[0] if len(layout.axes) == 1 else layout.axes
+        return f"take the axis of size 1 off with jnp.squeeze(labels, {axes})"
+    if labels.shape == layout.shape:
+        return "softmax_cross_entropy takes a target for every class"
+    floating = jnp.issubdtype(labels.dtype, jnp.floating)
+    return "convert class ids with labels.astype(int32)" if floating else ""
+
+
+def _hint_for_targets(layout: Layout, labels: jax.Array) -> str:
+    """Returns what a message says about class ids where targets are expected."""
+    if labels.shape not in (layout.batch_shape, layout.kept_shape):
+        return ""
+    if layout.function == "categorical_cross_entropy":
+        return "nll_loss of jnp.log(probs) takes class ids"
+    return "softmax_cross_entropy_with_integer_labels takes class ids"
+
+
 def read_targets(layout: Layout, labels: ArrayLike, dtype: jnp.dtype) -> jax.Array:
     """Returns dense targets in the accumulation dtype."""
-    array = _checks.as_array(layout.function, "labels", labels)
-    _checks.check_real(layout.function, "labels", array)
-    _checks.check_shape(
-        layout.function, "labels", array, layout.shape, f"that of {layout.name}"
-    )
+    array = _checks.as_real(layout.function, "labels", labels)
+    meaning, hint = f"that of {layout.name}", _hint_for_targets(layout, array)
+    _checks.check_shape(layout.function, "labels", array, layout.shape, meaning, hint)
     return layout.classes(array.astype(accumulation_dtype(dtype)))
 
 
@@ -194,8 +239,7 @@ def read_class_weights(
     """Returns the weights in the accumulation dtype, on the class axis."""
     if class_weights is None:
         return None
-    array = _checks.as_array(layout.function, "class_weights", class_weights)
-    _checks.check_real(layout.function, "class_weights", array)
+    array = _checks.as_real(layout.function, "class_weights", class_weights)
     shape = (layout.num_classes,)
     here = " of this shard" if layout.axis_name is not None else ""
     _checks.check_shape(
@@ -218,7 +262,9 @@ def read_scalar(
 
     A traced or device value is used as it is, 0 or not.
     """
-    _checks.check_number(function, argument, value, 0, highest)
-    if not isinstance(value, jax.Array) and value == 0:
+    number = _checks.read_number(
+        function, argument, value, accumulation_dtype(dtype), highest=highest
+    )
+    if not isinstance(number, jax.Array) and number == 0:
         return None
-    return jnp.asarray(value).astype(accumulation_dtype(dtype))
+    return jnp.asarray(number)

@@ -67,8 +67,7 @@ def read_head(
         function, where, layout.batch_shape, layout.batch_meaning
     )
     if weights is not None:
-        weights = _checks.as_array(function, "weights", weights)
-        _checks.check_real(function, "weights", weights)
+        weights = _checks.as_real(function, "weights", weights)
         _checks.check_shape(
             function, "weights", weights, layout.batch_shape, layout.batch_meaning
         )
@@ -121,12 +120,11 @@ def _read_classes(
     """Returns [1, V] of the given dtype; a mask where there is none."""
     if value is None:
         return None
-    array = _checks.as_array(function, argument, value)
     if dtype is None:
+        array = _checks.as_array(function, argument, value)
         _checks.check_boolean(function, argument, array)
     else:
-        _checks.check_real(function, argument, array)
-        array = array.astype(dtype)
+        array = _checks.as_real(function, argument, value).astype(dtype)
     meaning = "one value a class, as the kernel's columns"
     _checks.check_shape(function, argument, array, (classes,), meaning)
     return array[None]
@@ -137,9 +135,9 @@ def _read_softcap(
 ) -> jax.Array | None:
     if softcap is None:
         return None
-    infinity = float("inf")
-    _checks.check_number(function, "softcap", softcap, 0, infinity, inside=True)
-    return jnp.asarray(softcap).astype(dtype)
+    return jnp.asarray(
+        _checks.read_number(function, "softcap", softcap, dtype, inside=True)
+    )
 
 
 def check_reduction(function: str, reduction: str | None) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from xent_jax import _arguments, _checks, _linear_arguments
 from xent_jax._reductions.axis import AxisName
@@ -106,14 +105,16 @@ def mapped(
       arguments: by name, as the caller gave them.
       total: whether the result is a scalar; otherwise it is one, or more, a row.
     """
+    arguments = {name: _checks.resolved(value) for name, value in arguments.items()}
     _check(placement.function, arguments)
     of_axes = ("hidden", "kernel", *_OF_ROWS, *_OF_CLASSES)
+    unwrapped = {"labels": _arguments.unwrapped_ids(arguments["labels"])}
     arrays = {
         name: jax.sharding.reshard(
-            jnp.asarray(_arguments.unwrapped_ids(value)),
+            _checks.as_real(placement.function, name, value),
             jax.sharding.NamedSharding(placement.mesh, placement.spec(name)),
         )
-        for name, value in arguments.items()
+        for name, value in (arguments | unwrapped).items()
         if isinstance(value, jax.Array) or (name in of_axes and value is not None)
     }
     rest = {name: value for name, value in arguments.items() if name not in arrays}

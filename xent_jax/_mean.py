@@ -63,8 +63,7 @@ def weighted_mean(
     if weights is None:
         scale = jnp.ones_like(array)
     else:
-        scale = _checks.as_array(function, "weights", weights)
-        _checks.check_real(function, "weights", scale)
+        scale = _checks.as_real(function, "weights", weights)
         _checks.check_shape(function, "weights", scale, array.shape, "that of values")
         scale = scale.astype(array.dtype)
     _checks.check_axis_name(function, "batch_axis_name", batch_axis_name)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from xent_jax import _arguments, _checks
@@ -106,7 +107,7 @@ def categorical_cross_entropy(
       where: `bool`, of the batch's shape (rows that count; a dropped row has loss and
         gradient exactly 0) or of the shape of `probs` (classes that count; a dropped
         class is left out of the sum and its target mass is not counted).
-      epsilon: In (0, 0.5); at least what the dtype can tell 1 − epsilon from 1 by.
+      epsilon: In (0, 0.5). 1 − epsilon is at most the number before 1.
 
     Returns:
       `float32[...]` (float64 for float64 input), one loss per example. Differentiable
@@ -131,7 +132,7 @@ def categorical_cross_entropy(
     array, layout = _arguments.read_logits(function, "probs", probs, axis)
     keep = _arguments.read_where(layout, where)
     targets = _arguments.read_targets(layout, labels, array.dtype)
-    _checks.check_number(function, "epsilon", epsilon, 0, 0.5, inside=True)
+    margin = _read_epsilon(function, epsilon, targets.dtype)
     block = Block(array, class_ids(array, layout.axis, 0), keep.classes, keep.rows)
     values = array.astype(targets.dtype)
     if keep.classes is not None:
@@ -140,7 +141,7 @@ def categorical_cross_entropy(
         values = jnp.where(keep.rows, values, 1)
     targets = zero_where_dropped(targets, block)
     values = values / jnp.sum(values, axis=layout.axis, keepdims=True)
-    surprise = -jnp.log(_clip(values, epsilon))
+    surprise = -jnp.log(_clip(values, margin))
     loss = jnp.sum(targets * surprise, axis=layout.axis, keepdims=True)
     return layout.squeeze(zero_in_dropped_rows(loss, keep.rows))
 
@@ -168,7 +169,7 @@ def binary_cross_entropy(
       labels: `[...]`, the shape of `probs`. In [0, 1].
       where: `bool[...]`, the shape of `probs`. Elements that count; a dropped element
         has loss and gradient exactly 0, whatever it holds.
-      epsilon: In (0, 0.5); at least what the dtype can tell 1 − epsilon from 1 by.
+      epsilon: In (0, 0.5). 1 − epsilon is at most the number before 1.
 
     Returns:
       `float32[...]` (float64 for float64 input), the shape of `probs`. Differentiable
@@ -190,19 +191,27 @@ def binary_cross_entropy(
     function = "binary_cross_entropy"
     array = _checks.as_array(function, "probs", probs)
     _checks.check_floating(function, "probs", array)
-    targets = _checks.as_array(function, "labels", labels)
-    _checks.check_real(function, "labels", targets)
+    targets = _checks.as_real(function, "labels", labels)
     meaning = "that of probs"
     _checks.check_shape(function, "labels", targets, array.shape, meaning)
-    _checks.check_number(function, "epsilon", epsilon, 0, 0.5, inside=True)
+    dtype = accumulation_dtype(array.dtype)
+    margin = _read_epsilon(function, epsilon, dtype)
     keep = _arguments.read_mask(function, where, array.shape, meaning)
-    values = array.astype(accumulation_dtype(array.dtype))
+    values = array.astype(dtype)
     targets = targets.astype(values.dtype)
     if keep is not None:
         values, targets = jnp.where(keep, values, 0.5), jnp.where(keep, targets, 0)
-    values = _clip(values, epsilon)
+    values = _clip(values, margin)
     loss = -targets * jnp.log(values) - (1 - targets) * jnp.log1p(-values)
     return loss if keep is None else jnp.where(keep, loss, 0)
+
+
+def _read_epsilon(
+    function: str, epsilon: ArrayLike, dtype: jnp.dtype
+) -> jax.Array | np.floating:
+    return _checks.read_number(
+        function, "epsilon", epsilon, dtype, highest=0.5, inside=True
+    )
 
 
 # Compiled as one where it runs eagerly: the −inf of a dropped class, at which
@@ -237,14 +246,13 @@ def _surprise(axis: int, block: Block, ids: jax.Array) -> jax.Array:
 
 
 @jax.custom_jvp
-def _clip(probs: jax.Array, epsilon: ArrayLike) -> jax.Array:
-    """Clips to [epsilon, 1 − epsilon]; the derivative is 1 everywhere.
+def _clip(probs: jax.Array, margin: jax.Array | np.floating) -> jax.Array:
+    """Clips to [margin, 1 − margin]; the derivative is 1 everywhere.
 
-    An epsilon that the dtype cannot tell from 0, or from 1 when subtracted from it, is
-    rounded up to one that it can.
+    A traced margin that the dtype cannot tell from 0, and any that it cannot tell from
+    1 when subtracted from it, is rounded up to one that it can.
     """
     limits = jnp.finfo(probs.dtype)
-    margin = jnp.asarray(epsilon).astype(probs.dtype)
     low = jnp.maximum(margin, limits.tiny)
     high = jnp.minimum(1 - margin, 1 - limits.epsneg)
     return jnp.clip(probs, low, high)

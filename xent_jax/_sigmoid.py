@@ -40,8 +40,8 @@ def sigmoid_binary_cross_entropy(
       where: `bool[...]`, the shape of `logits`. Elements that count; a dropped element
         has loss and gradient exactly 0, whatever it holds. A mask of the examples is
         `jnp.broadcast_to(keep[:, None], logits.shape)`.
-      pos_weight: `float[]`, `float[C]` for the last axis, or `float[...]` of the shape
-        of `logits` (for another axis: `jnp.broadcast_to(weight, logits.shape)`).
+      pos_weight: Real numbers of a shape that broadcasts to that of `logits` by NumPy's
+        rules: `[]`, `[C]` for the last axis, `[C, 1, 1]` for logits of `[N, C, H, W]`.
         Multiplies the loss of the positive part, as in PyTorch.
       label_smoothing: In [0, 1]. Pulls the labels towards 1/2, as in Keras.
 
@@ -73,8 +73,7 @@ def sigmoid_binary_cross_entropy(
     array = _checks.as_array(function, "logits", logits)
     _checks.check_floating(function, "logits", array)
     dtype = accumulation_dtype(array.dtype)
-    targets = _checks.as_array(function, "labels", labels)
-    _checks.check_real(function, "labels", targets)
+    targets = _checks.as_real(function, "labels", labels)
     meaning = "that of logits"
     _checks.check_shape(function, "labels", targets, array.shape, meaning)
     targets = targets.astype(dtype)
@@ -93,10 +92,11 @@ def sigmoid_binary_cross_entropy(
 def _read_pos_weight(pos_weight: ArrayLike, logits: jax.Array) -> jax.Array:
     """Returns the weight in the accumulation dtype, of the rank of the logits."""
     function = "sigmoid_binary_cross_entropy"
-    weight = _checks.as_array(function, "pos_weight", pos_weight)
-    _checks.check_real(function, "pos_weight", weight)
-    if weight.shape not in ((), logits.shape[-1:], logits.shape):
-        expected = f"have shape (), {logits.shape[-1:]} or {logits.shape}"
+    weight = _checks.as_real(function, "pos_weight", pos_weight)
+    pairs = zip(reversed(weight.shape), reversed(logits.shape), strict=False)
+    fits = all(size in (1, whole) for size, whole in pairs)
+    if weight.ndim > logits.ndim or not fits:
+        expected = f"have a shape that broadcasts to {logits.shape} (that of logits)"
         _checks.fail(ValueError, function, "pos_weight", expected, weight.shape)
     missing = tuple(range(logits.ndim - weight.ndim))
     return jnp.expand_dims(weight.astype(accumulation_dtype(logits.dtype)), missing)

@@ -183,7 +183,6 @@ def sinkhorn_cross_entropy(
     function = "sinkhorn_cross_entropy"
     array = _checks.as_array(function, "logits", logits)
     _checks.check_floating(function, "logits", array)
-    _checks.check_number(function, "temperature", temperature, 0, np.inf, inside=True)
     # Before the iteration and not after it: what is not differentiated costs less.
     targets = _targets(
         function,
@@ -199,6 +198,9 @@ def sinkhorn_cross_entropy(
     _checks.check_shape(function, "logits", array, targets.shape, meaning)
     double = jnp.float64 in (array.dtype, targets.dtype)
     dtype = jnp.dtype(jnp.float64 if double else jnp.float32)
+    temperature = _checks.read_number(
+        function, "temperature", temperature, dtype, inside=True
+    )
     mask = _arguments.read_mask(function, where, array.shape[:1], "one a sample")
     keep = None if mask is None else mask[:, None]
     values = zero_in_dropped_rows(array.astype(dtype), keep)
@@ -211,15 +213,18 @@ def sinkhorn_cross_entropy(
 
 def _constant(value: Any) -> Any:
     """Returns an argument, without a derivative where it is an array."""
+    value = _checks.resolved(value)
     return jax.lax.stop_gradient(value) if isinstance(value, jax.Array) else value
 
 
-def _scaled_logits(values: jax.Array, temperature: ArrayLike) -> jax.Array:
+def _scaled_logits(
+    values: jax.Array, temperature: jax.Array | np.floating
+) -> jax.Array:
     """Returns the logits over the temperature, less a number a row."""
     if not isinstance(temperature, jax.Array) and temperature == 1:
         return values
     below = values - jax.lax.stop_gradient(jnp.max(values, axis=-1, keepdims=True))
-    divisor = jnp.asarray(temperature).astype(values.dtype)
+    divisor = jnp.asarray(temperature)
     if not isinstance(temperature, jax.Array):
         return below / divisor
     # The probability of a logit of −inf does not depend on the temperature.
@@ -249,21 +254,41 @@ def _targets(
         _checks.fail(ValueError, function, "scores", expected, f"shape {array.shape}")
     _checks.check_axis_name(function, "batch_axis_name", batch_axis_name)
     dtype = accumulation_dtype(array.dtype)
-    _checks.check_number(function, "epsilon", epsilon, 0, np.inf, inside=True)
+    scale, unit = _units(
+        _checks.read_number(function, "epsilon", epsilon, dtype, inside=True)
+    )
     if tol is not None:
-        _checks.check_number(function, "tol", tol, 0, np.inf)
-        tol = jnp.asarray(tol).astype(dtype)
+        tol = jnp.asarray(_checks.read_number(function, "tol", tol, dtype))
     rows = _arguments.read_mask(function, where, array.shape[:1], "one a sample")
     keep = None if rows is None else rows[:, None]
+    values = zero_in_dropped_rows(array.astype(dtype), keep)
     problem = Problem(
-        scores=zero_in_dropped_rows(array.astype(dtype), keep),
+        scores=values if unit is None else values * unit,
         counted=None if keep is None else _counted(keep, batch_axis_name),
         prior=_read_prior(function, prior, array.shape[1], dtype),
-        epsilon=jnp.asarray(epsilon).astype(dtype),
+        epsilon=scale,
     )
     count = _checks.read_count(function, "num_iters", num_iters)
     targets = _balancing.solve(problem, count, tol, batch_axis_name)
     return zero_in_dropped_rows(targets, keep)
+
+
+def _units(
+    epsilon: jax.Array | np.floating,
+) -> tuple[jax.Array, np.floating | None]:
+    """Returns epsilon, and what scores are multiplied by to be in its units.
+
+    Only the quotient counts. A number near the largest of its dtype, of which the
+    iteration takes products and the reciprocal, is multiplied by a power of two, and so
+    are the scores.
+    """
+    if isinstance(epsilon, jax.Array):
+        return epsilon, None
+    large = 2.0 ** (jnp.finfo(epsilon.dtype).maxexp // 2)
+    if epsilon <= large:
+        return jnp.asarray(epsilon), None
+    unit = epsilon.dtype.type(1 / large)
+    return jnp.asarray(epsilon * unit), unit
 
 
 def _read_prior(
@@ -272,19 +297,37 @@ def _read_prior(
     """Returns the shares of the prototypes, [1, K]."""
     if prior is None:
         return jnp.full((1, size), 1 / size, dtype)
-    array = _checks.as_array(function, "prior", prior)
-    _checks.check_real(function, "prior", array)
+    prior = _checks.resolved(prior)
+    with np.errstate(over="ignore"):  # there is an error below
+        array = _checks.as_real(function, "prior", prior)
     _checks.check_shape(function, "prior", array, (size,), "one number a prototype")
     if not isinstance(prior, jax.Array) or (
         not isinstance(prior, jax.core.Tracer) and prior.is_fully_addressable
     ):
-        numbers = np.asarray(prior).astype(dtype)
-        good = np.isfinite(numbers) & (numbers > 0)
-        if not good.all():
-            expected = "be positive and finite"
-            _checks.fail(ValueError, function, "prior", expected, numbers[~good][0])
+        _check_prior(function, np.asarray(prior).astype(np.float64), dtype)
     shares = array.astype(dtype)[None]
+    # The sum of large numbers would overflow; of a power of two nothing is rounded.
+    half = 2.0 ** (jnp.finfo(dtype).maxexp // 2)
+    largest = jnp.max(jax.lax.stop_gradient(shares))
+    shares = shares * jnp.where(largest > half, jnp.asarray(1 / half, dtype), 1)
     return shares / jnp.sum(shares, axis=-1, keepdims=True)
+
+
+def _check_prior(function: str, numbers: np.ndarray, dtype: jnp.dtype) -> None:
+    """Raises unless the numbers and their shares are positive, also in the dtype."""
+    tiny = jnp.finfo(dtype).tiny
+    good = np.isfinite(numbers) & (numbers > 0)
+    expected = "be positive and finite"
+    if good.all():
+        narrow = _checks.narrowed(numbers, dtype)
+        good = np.isfinite(narrow) & (narrow >= tiny)
+        expected = f"be positive and finite as normal numbers of {dtype}"
+    if good.all():
+        shares = numbers / numbers.max()
+        good = shares / shares.sum() >= tiny
+        expected = f"have shares of its sum that are normal numbers of {dtype}"
+    if not good.all():
+        _checks.fail(ValueError, function, "prior", expected, numbers[~good][0])
 
 
 def _counted(keep: jax.Array, batch_axis_name: AxisName) -> jax.Array:

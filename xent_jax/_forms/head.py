@@ -1,5 +1,6 @@
 """The linear layer that makes the logits, and a block of them at a time."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 
 from xent_jax._reductions.axis import ClassAxis
 from xent_jax._reductions.precision import accumulation_dtype
+from xent_jax._reductions.tangents import unless_zero
 
 
 class Layer(NamedTuple):
@@ -60,9 +62,68 @@ def capped(linear: jax.Array, bias: Any, softcap: Any) -> jax.Array:
     """Returns the logits that a product with the kernel becomes."""
     if bias is not None:
         linear = linear + bias
-    if softcap is not None:
-        linear = softcap * jnp.tanh(linear / softcap)
-    return linear
+    return linear if softcap is None else _softcapped(linear, softcap)
+
+
+@jax.custom_jvp
+def _softcapped(logits: jax.Array, softcap: jax.Array) -> jax.Array:
+    """Returns softcap·tanh(logits / softcap), for every positive normal softcap.
+
+    A logit far below the softcap is left alone: the quotient of a small number and a
+    large one would underflow.
+    """
+    ratio = _ratio(logits, softcap)
+    # tanh(r) = r·(1 − r²/3 + …)
+    alone = jnp.square(ratio) < jnp.finfo(ratio.dtype).eps / 4
+    return jnp.where(alone, logits, softcap * jnp.tanh(ratio))
+
+
+@functools.partial(_softcapped.defjvp, symbolic_zeros=True)
+def _softcapped_jvp(
+    primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    # In closed form: the chain rule goes by way of 1 / softcap, which underflows for a
+    # large one, and of logits / softcap², which overflows for a small one.
+    ratio = _ratio(*primals)
+    slope = 1 - jnp.square(jnp.tanh(ratio))
+    logits_dot, softcap_dot = map(unless_zero, tangents)
+    change = jnp.zeros_like(ratio)
+    if logits_dot is not None:
+        change += slope * logits_dot
+    if softcap_dot is not None:
+        change += _slope_by_softcap(ratio, slope) * softcap_dot
+    return _softcapped(*primals), change
+
+
+def _slope_by_softcap(ratio: jax.Array, slope: jax.Array) -> jax.Array:
+    """Returns tanh(r) − r·slope, by its series where the two terms cancel."""
+    small = jnp.abs(ratio) < jnp.finfo(ratio.dtype).eps ** (1 / 8)
+    near = jnp.where(small, ratio, 0)
+    square = jnp.square(near)
+    series = near * square * (2 / 3 - square * (8 / 15 - square * (34 / 105)))
+    return jnp.where(small, series, jnp.tanh(ratio) - ratio * slope)
+
+
+def _ratio(logits: jax.Array, softcap: jax.Array) -> jax.Array:
+    """Returns logits / softcap, a constant ±20 from where tanh is ±1 in every dtype."""
+    high = jnp.abs(logits) >= 20 * jnp.abs(softcap)
+    quotient = _quotient(jnp.where(high, 0, logits), softcap)
+    return jnp.where(high, 20 * jnp.sign(logits), quotient)
+
+
+@jax.custom_jvp
+def _quotient(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Returns left / right, whose derivatives never take the square of `right`."""
+    return left / right
+
+
+@_quotient.defjvp
+def _quotient_jvp(
+    primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    quotient, right = _quotient(*primals), primals[1]
+    left_dot, right_dot = tangents
+    return quotient, _quotient(left_dot - quotient * right_dot, right)
 
 
 def class_total(layer: Layer, dtype: jnp.dtype, class_axis: ClassAxis) -> jax.Array:
