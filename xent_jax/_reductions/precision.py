@@ -16,10 +16,10 @@ def two_sum(left: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     total = left + right
     finite = jnp.isfinite(total)
-    safe = jnp.where(finite, total, 0)
-    virtual = safe - left
-    error = (left - (safe - virtual)) + (right - virtual)
-    return total, jax.lax.stop_gradient(jnp.where(finite, error, 0))
+    left, right = (jnp.where(finite, part, 0) for part in (left, right))
+    virtual = (left + right) - left
+    error = (left - ((left + right) - virtual)) + (right - virtual)
+    return total, jax.lax.stop_gradient(error)
 
 
 def scaled(factor: jax.Array, values: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import oracle
 import pytest
 from heads import LOSS
 
-from xent_jax._layer import capped
+from xent_jax._forms.head import capped
 
 
 def cap_derivatives(z, cap):
