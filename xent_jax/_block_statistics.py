@@ -73,7 +73,8 @@ def block_statistics(
         def term(inputs, index, labels, pivot):
             drop = pivot - _numerics.masked(inputs)
             power = jnp.exp(-drop)
-            return jnp.where((index == labels) | (power == 0), 0, power * drop)
+            share = power * jnp.where(power == 0, 0, drop)  # 0·inf is never formed
+            return jnp.where(index == labels, 0, share)
 
         index = _numerics.class_index(inputs.logits, _BLOCK)
         fall = sum_classes(term, (inputs, index, labels, pivot), -1)

@@ -270,6 +270,9 @@ def statistics_dot(statistics: LabelStatistics, dot: LabelDot) -> LabelStatistic
     )
 
 
+# Compiled as one where derivatives are taken eagerly: the −inf of a dropped class, at
+# which `jax_debug_infs` would stop, is then no result.
+@functools.partial(jax.jit, static_argnums=0)
 def label_terms_dot(
     config: LabelConfig,
     inputs: Masked,

@@ -86,6 +86,14 @@ def scaled(factor: jax.Array, values: jax.Array) -> jax.Array:
     return factor * jnp.where(absent, 0, values)
 
 
+def nan_where(bad: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns the values, NaN where they are bad: no NaN is made for any other.
+
+    A constant NaN beside them would raise under `jax_debug_nans` on data that are good.
+    """
+    return jnp.where(bad, jnp.sqrt(-bad.astype(values.dtype)), values)
+
+
 def unless_zero(tangent: Any) -> Any:
     """Returns a tangent, or `None` where it is known to be zero."""
     zero = isinstance(tangent, jax.custom_derivatives.SymbolicZero)
@@ -264,7 +272,7 @@ def defined(label_logit: jax.Array, labels: jax.Array) -> jax.Array:
     +inf − +inf would hide in exp(−inf) = 0.
     """
     undefined = (labels < 0) | (label_logit == jnp.inf)
-    return jnp.where(undefined, jnp.nan, label_logit)
+    return nan_where(undefined, label_logit)
 
 
 def settled(
@@ -349,7 +357,7 @@ def target_statistics(
     sums = sum_classes(terms, (inputs, targets, largest), classes.axis)
     distance, rest, below, ties, total = classes.total(sums)
     # Without a finite logit, or with an infinite one, the row is undefined.
-    ties = jnp.where(jnp.isfinite(largest), ties, jnp.nan)
+    ties = nan_where(~jnp.isfinite(largest), ties)
     excess = below + (ties - 1)
     log_mass = jnp.log1p(excess)
     return TargetStatistics(

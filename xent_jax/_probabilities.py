@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from xent_jax import _arguments, _checks, _numerics
 from xent_jax._arguments import Axis
+from xent_jax._class_axis import ClassAxis
 from xent_jax._numerics import Masked, accumulation_dtype
 
 
@@ -62,14 +65,8 @@ def nll_loss(
     ids = _arguments.read_class_ids(layout, labels, keep)
     weights = _arguments.read_class_weights(layout, class_weights, array.dtype)
     inputs = Masked(array, keep.classes, keep.rows)
-    values = _numerics.masked(inputs)
-    # A bad id hits every class, with NaN, so that its whole gradient row is NaN.
-    hit = (_numerics.class_index(array, layout.class_axis) == ids) | (ids < 0)
-    surprise = jnp.where(ids < 0, jnp.nan, -1) * jnp.where(hit, values, 0)
-    if weights is not None:
-        surprise = _numerics.scaled(jnp.where(hit, weights, 0), surprise)
-    loss = jnp.sum(surprise, axis=layout.axis, keepdims=True)
-    return layout.squeeze(_numerics.zero_in_dropped_rows(loss, inputs))
+    loss = _surprise(layout.class_axis, inputs, ids, weights)
+    return layout.squeeze(loss)
 
 
 def categorical_cross_entropy(
@@ -197,6 +194,24 @@ def binary_cross_entropy(
     values = _clip(values, epsilon)
     loss = -targets * jnp.log(values) - (1 - targets) * jnp.log1p(-values)
     return loss if keep is None else jnp.where(keep, loss, 0)
+
+
+# Compiled as one where it runs eagerly: the −inf of a dropped class, at which
+# `jax_debug_infs` would stop, is then no result.
+@functools.partial(jax.jit, static_argnums=0)
+def _surprise(
+    classes: ClassAxis, inputs: Masked, ids: jax.Array, weights: jax.Array | None
+) -> jax.Array:
+    """Returns −w_y·x_y of every row, of size 1 along the class axis."""
+    values = _numerics.masked(inputs)
+    # A bad id hits every class, with NaN, so that its whole gradient row is NaN.
+    hit = (_numerics.class_index(values, classes) == ids) | (ids < 0)
+    sign = _numerics.nan_where(ids < 0, -jnp.ones_like(ids, values.dtype))
+    surprise = sign * jnp.where(hit, values, 0)
+    if weights is not None:
+        surprise = _numerics.scaled(jnp.where(hit, weights, 0), surprise)
+    loss = jnp.sum(surprise, axis=classes.axis, keepdims=True)
+    return _numerics.zero_in_dropped_rows(loss, inputs)
 
 
 def _clip(probs: jax.Array, epsilon: ArrayLike) -> jax.Array:

@@ -94,6 +94,9 @@ def _statistics_jvp(
     return statistics, statistics_dot
 
 
+# Compiled as one where derivatives are taken eagerly: the −inf of a dropped class, at
+# which `jax_debug_infs` would stop, is then no result.
+@functools.partial(jax.jit, static_argnums=0)
 def _local_dot(
     classes: ClassAxis,
     inputs: Masked,
@@ -167,6 +170,7 @@ def _linearized_terms_jvp(
     inputs = Masked(constants[0], None, None)
     statistics = _numerics.target_statistics(inputs, constants[1], ClassAxis(axis))
 
+    @jax.jit
     def rule(
         inputs: Masked, targets: Any, statistics: Any, direction: Any
     ) -> jax.Array:
