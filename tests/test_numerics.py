@@ -73,6 +73,7 @@ def test_a_nan_makes_a_wide_row_undefined(classes):
         )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("classes", [2000, 4099, 50257])
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_groups_of_slices_equal_numpy(classes, axis, rng, monkeypatch):
