@@ -98,8 +98,13 @@ def loop(
     _, shapes = jax.eval_shape(lambda: step(start, block(0)))
 
     def room(out: jax.ShapeDtypeStruct) -> jax.Array:
-        # Like a result, because jax 0.7.2 wants both to name the same mesh.
-        return varying(jnp.broadcast_to(jnp.zeros_like(out), (count, *out.shape)), out)
+        # Sharded like a result, because jax 0.7.2 wants both to name the same mesh. Not
+        # `zeros_like(out)`: inside a `shard_map` over some axes of a mesh, a shape that
+        # JAX infers names axes that it varies over, but not their mesh, and jax 0.10
+        # to 0.12 make no array like that.
+        alike = jax.ShapeDtypeStruct(out.shape, out.dtype, sharding=out.sharding)
+        zero = jnp.broadcast_to(jnp.zeros_like(alike), (count, *out.shape))
+        return varying(zero, out)
 
     results = jax.tree.map(room, shapes)
     state = jnp.zeros((), jnp.int32), start, results
