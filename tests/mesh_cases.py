@@ -4,9 +4,10 @@ The tests of meshes run every row over every kind of mesh. A new function, or a 
 argument, is a new row here.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,8 @@ ARGUMENT = {
 DISCRETE = ("ids", "where", "where_classes", "class_mask")
 
 
-class MeshCase(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class MeshCase:
     """A function with what it is given.
 
     Attributes:
@@ -247,23 +249,11 @@ def derivatives(function: Callable[..., Any], moving: Any, rest: Any) -> Any:
     return results, gradient, tangent
 
 
-_unsharded_program = jax.jit(
-    lambda case_index, moving, rest: derivatives(CASES[case_index], moving, rest),
-    static_argnums=0,
-)
-
-
 @functools.cache
-def unsharded(index: int) -> Any:
-    """Returns the derivatives of a case on one device."""
-    return jax.device_get(
-        _unsharded_program(index, *parted(CASES[index], CASES[index].arrays()))
-    )
-
-
 def expected_of(case: MeshCase) -> Any:
     """Returns what `derivatives` are without a mesh."""
-    return unsharded(CASES.index(case))
+    run = jax.jit(functools.partial(derivatives, case))
+    return jax.device_get(run(*parted(case, case.arrays())))
 
 
 def assert_same(computed: Any, expected: Any) -> None:

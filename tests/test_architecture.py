@@ -13,7 +13,7 @@ import xent_jax
 PACKAGE = pathlib.Path(xent_jax.__file__).parent
 # A module may import from earlier lines only.
 LAYERS = [
-    {"_checks", "_class_axis", "_one_device", "_blocks"},
+    {"_checks", "_class_axis", "_one_device", "_blocks", "_placement"},
     {"_class_reductions"},
     {"_numerics"},
     {"_spread"},

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _checks, _numerics
+from xent_jax import _arguments, _checks, _numerics, _placement
 from xent_jax._arguments import Axis
 from xent_jax._numerics import Masked, accumulation_dtype
 
@@ -189,7 +189,8 @@ def binary_cross_entropy(
     meaning = "that of probs"
     _checks.check_shape(function, "labels", targets, array.shape, meaning)
     _checks.check_number(function, "epsilon", epsilon, 0, 0.5, inside=True)
-    keep = _arguments.read_mask(function, where, array.shape, meaning)
+    targets = _placement.beside(targets, array)
+    keep = _arguments.read_mask(function, where, array.shape, meaning, array)
     values = array.astype(accumulation_dtype(array.dtype))
     targets = targets.astype(values.dtype)
     if keep is not None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _checks, _numerics
+from xent_jax import _arguments, _checks, _numerics, _placement
 from xent_jax._class_reductions import apart
 from xent_jax._numerics import accumulation_dtype
 
@@ -76,8 +76,8 @@ def sigmoid_binary_cross_entropy(
     _checks.check_real(function, "labels", targets)
     meaning = "that of logits"
     _checks.check_shape(function, "labels", targets, array.shape, meaning)
-    targets = targets.astype(dtype)
-    keep = _arguments.read_mask(function, where, array.shape, meaning)
+    targets = _placement.beside(targets, array).astype(dtype)
+    keep = _arguments.read_mask(function, where, array.shape, meaning, array)
     if keep is not None:
         targets = jnp.where(keep, targets, 0)
     smoothing = _arguments.read_scalar(
@@ -98,7 +98,10 @@ def _read_pos_weight(pos_weight: ArrayLike, logits: jax.Array) -> jax.Array:
         expected = f"have shape (), {logits.shape[-1:]} or {logits.shape}"
         _checks.fail(ValueError, function, "pos_weight", expected, weight.shape)
     missing = tuple(range(logits.ndim - weight.ndim))
-    return jnp.expand_dims(weight.astype(accumulation_dtype(logits.dtype)), missing)
+    weight = jnp.expand_dims(weight, missing)
+    axes = [axis if size > 1 else None for axis, size in enumerate(weight.shape)]
+    weight = _placement.beside(weight, logits, axes)
+    return weight.astype(accumulation_dtype(logits.dtype))
 
 
 class _Parts(NamedTuple):

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _balancing, _checks, _numerics, _target_terms
+from xent_jax import (
+    _arguments,
+    _balancing,
+    _checks,
+    _numerics,
+    _placement,
+    _target_terms,
+)
 from xent_jax._balancing import Problem
 from xent_jax._class_axis import AxisName, ClassAxis, psum
 from xent_jax._numerics import Masked, accumulation_dtype
@@ -181,10 +188,13 @@ def sinkhorn_cross_entropy(
     array = _checks.as_array(function, "logits", logits)
     _checks.check_floating(function, "logits", array)
     _checks.check_number(function, "temperature", temperature, 0, np.inf, inside=True)
+    pairs = _checks.as_array(function, "scores", scores)
+    if pairs.shape == array.shape:  # or there is an error
+        pairs = _placement.beside(pairs, array)
     # Before the iteration and not after it: what is not differentiated costs less.
     targets = _targets(
         function,
-        _constant(scores),
+        _constant(pairs),
         _constant(epsilon),
         num_iters,
         _constant(tol),
@@ -196,7 +206,7 @@ def sinkhorn_cross_entropy(
     _checks.check_shape(function, "logits", array, targets.shape, meaning)
     double = jnp.float64 in (array.dtype, targets.dtype)
     dtype = jnp.dtype(jnp.float64 if double else jnp.float32)
-    mask = _arguments.read_mask(function, where, array.shape[:1], "one a sample")
+    mask = _arguments.read_mask(function, where, array.shape[:1], "one a sample", array)
     keep = None if mask is None else mask[:, None]
     values = _scaled_logits(Masked(array.astype(dtype), None, keep), temperature)
     terms = _target_terms.target_terms(
@@ -250,13 +260,13 @@ def _targets(
     if tol is not None:
         _checks.check_number(function, "tol", tol, 0, np.inf)
         tol = jnp.asarray(tol).astype(dtype)
-    rows = _arguments.read_mask(function, where, array.shape[:1], "one a sample")
+    rows = _arguments.read_mask(function, where, array.shape[:1], "one a sample", array)
     keep = None if rows is None else rows[:, None]
     inputs = Masked(array, None, keep)
     problem = Problem(
         scores=_numerics.masked(inputs),
         counted=None if keep is None else _counted(keep, batch_axis_name),
-        prior=_read_prior(function, prior, array.shape[1], dtype),
+        prior=_read_prior(function, prior, array, dtype),
         epsilon=jnp.asarray(epsilon).astype(dtype),
     )
     count = _checks.read_count(function, "num_iters", num_iters)
@@ -265,9 +275,10 @@ def _targets(
 
 
 def _read_prior(
-    function: str, prior: ArrayLike | None, size: int, dtype: jnp.dtype
+    function: str, prior: ArrayLike | None, scores: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
     """Returns the shares of the prototypes, [1, K]."""
+    size = scores.shape[1]
     if prior is None:
         return jnp.full((1, size), 1 / size, dtype)
     array = _checks.as_array(function, "prior", prior)
@@ -281,7 +292,7 @@ def _read_prior(
         if not good.all():
             expected = "be positive and finite"
             _checks.fail(ValueError, function, "prior", expected, numbers[~good][0])
-    shares = array.astype(dtype)[None]
+    shares = _placement.beside(array, scores, [1]).astype(dtype)[None]
     return shares / jnp.sum(shares, axis=-1, keepdims=True)
 
 
