@@ -38,9 +38,7 @@ def test_reductions_equal_numpy(classes, axis, rng):
     if axis == -2:
         values, offsets = values.T, offsets.T
     total = jax.jit(
-        lambda x, o: reductions.sum_classes(
-            lambda x, o: jnp.exp(x + o), (x, o), axis
-        )
+        lambda x, o: reductions.sum_classes(lambda x, o: jnp.exp(x + o), (x, o), axis)
     )(values, offsets)
     largest = reductions.max_classes(operator.add, (values, offsets), axis)
     exact = np.exp(values.astype(np.float64) + offsets)
@@ -52,9 +50,7 @@ def test_sums_in_slices_propagate_nan():
     values = jnp.zeros((2, 4096)).at[0, 1234].set(jnp.nan)
     for reduction in (reductions.SUM, reductions.SPLIT_SUM):
         total = jax.jit(
-            lambda x, by=reduction: reductions.reduce_classes(
-                by, lambda x: x, (x,), -1
-            )
+            lambda x, by=reduction: reductions.reduce_classes(by, lambda x: x, (x,), -1)
         )(values)
         np.testing.assert_array_equal(np.isnan(total), [[True], [False]])
 

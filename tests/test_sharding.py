@@ -12,7 +12,6 @@ from aot import hlo
 
 import xent_jax
 
-
 CASES = [
     shards.case(name, mask, *options)
     for name in (shards.INTEGER, shards.DENSE)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from xent_jax import _checks
+from xent_jax import _checks, _placement
 from xent_jax._checks import Shape
 from xent_jax._reductions.axis import AxisName, ClassAxis
 from xent_jax._reductions.precision import accumulation_dtype
@@ -33,6 +33,7 @@ class Layout(NamedTuple):
     shape: Shape  # as given
     axes: tuple[int, ...]  # as given, non-negative
     axis_name: AxisName = None  # of the mesh, where the class axis is sharded
+    logits: jax.Array | None = None  # as given: what else is given goes to where it is
 
     @property
     def axis(self) -> int:
@@ -82,6 +83,25 @@ class Layout(NamedTuple):
             *self.batch_shape, self.num_classes
         )
 
+    def rows_beside(self, array: jax.Array) -> jax.Array:
+        """Brings an array of the batch shape to the sharding of the logits."""
+        if self.logits is None:
+            return array
+        batch = [axis for axis in range(self.logits.ndim) if axis not in self.axes]
+        return _placement.beside(array, self.logits, batch)
+
+    def all_beside(self, array: jax.Array) -> jax.Array:
+        """Brings an array of the given shape to the sharding of the logits."""
+        return array if self.logits is None else _placement.beside(array, self.logits)
+
+    def classes_beside(self, array: jax.Array) -> jax.Array:
+        """Brings one number a class to the sharding of the logits in the layout."""
+        if self.logits is None:
+            return array
+        if _placement.on_explicit_mesh(self.logits, array) is None:
+            return array
+        return _placement.beside(array, self.classes(self.logits), [self.axis])
+
     def rows(self, array: jax.Array) -> jax.Array:
         """Brings an array of the batch shape into the layout."""
         return jnp.expand_dims(array, self.axis)
@@ -116,7 +136,7 @@ def read_logits(
     if class_axis_name is not None and len(axes) != 1:
         expected = "be one axis where class_axis_name shards it"
         _checks.fail(ValueError, function, "axis", expected, repr(axis))
-    layout = Layout(function, name, array.shape, axes, class_axis_name)
+    layout = Layout(function, name, array.shape, axes, class_axis_name, array)
     if layout.num_classes == 0:
         _checks.fail(ValueError, function, name, "have at least one class", array.shape)
     return layout.classes(array), layout
@@ -132,7 +152,7 @@ def read_where(layout: Layout, where: ArrayLike | None) -> Keep:
     mask = _checks.as_array(layout.function, "where", where)
     _checks.check_boolean(layout.function, "where", mask)
     if mask.shape == layout.shape:
-        classes = layout.classes(mask)
+        classes = layout.classes(layout.all_beside(mask))
         local = jnp.sum(classes, axis=layout.axis, keepdims=True, dtype=jnp.int32)
         count = layout.class_axis.total(local)
         return Keep(classes, count > 0, count)
@@ -142,19 +162,23 @@ def read_where(layout: Layout, where: ArrayLike | None) -> Keep:
             f"{layout.shape} (that of {layout.name})"
         )
         _checks.fail(ValueError, layout.function, "where", expected, mask.shape)
-    return Keep(None, layout.rows(mask))
+    return Keep(None, layout.rows(layout.rows_beside(mask)))
 
 
 def read_mask(
-    function: str, where: ArrayLike | None, shape: Shape, meaning: str
+    function: str,
+    where: ArrayLike | None,
+    shape: Shape,
+    meaning: str,
+    logits: jax.Array | None = None,
 ) -> jax.Array | None:
-    """Returns the mask of a loss that is one number an element."""
+    """Returns a mask of the shape of the logits, or of their leading axes."""
     if where is None:
         return None
     mask = _checks.as_array(function, "where", where)
     _checks.check_boolean(function, "where", mask)
     _checks.check_shape(function, "where", mask, shape, meaning)
-    return mask
+    return mask if logits is None else _placement.beside(mask, logits)
 
 
 def unwrapped_ids(labels: Any) -> Any:
@@ -196,6 +220,7 @@ def read_class_ids(layout: Layout, labels: ArrayLike, keep: Keep) -> jax.Array:
     _checks.check_shape(
         layout.function, "labels", ids, layout.batch_shape, layout.batch_meaning, hint
     )
+    ids = layout.rows_beside(ids)
     if jnp.iinfo(ids.dtype).bits < 32:
         ids = ids.astype(jnp.int32)
     inside = (ids >= 0) & (ids < num_classes)
@@ -230,6 +255,7 @@ def read_targets(layout: Layout, labels: ArrayLike, dtype: jnp.dtype) -> jax.Arr
     array = _checks.as_real(layout.function, "labels", labels)
     meaning, hint = f"that of {layout.name}", _hint_for_targets(layout, array)
     _checks.check_shape(layout.function, "labels", array, layout.shape, meaning, hint)
+    array = layout.all_beside(array)
     return layout.classes(array.astype(accumulation_dtype(dtype)))
 
 
@@ -245,6 +271,7 @@ def read_class_weights(
     _checks.check_shape(
         layout.function, "class_weights", array, shape, f"one number a class{here}"
     )
+    array = layout.classes_beside(array)
     ndim = len(layout.batch_shape) + 1
     other = tuple(axis for axis in range(ndim) if axis != layout.axis % ndim)
     return jnp.expand_dims(array.astype(accumulation_dtype(dtype)), other)

@@ -188,8 +188,6 @@ def linear_softmax_cross_entropy(
     blocks = row_block, class_block
     loss = functools.partial(linear_loss, function, reduction, blocks)
     names = {"class_axis_name": class_axis_name, "batch_axis_name": batch_axis_name}
-    placement = _linear_meshes.placement_of(function, hidden, kernel, names)
-    if placement is not None:
-        total = reduction is not None
-        return _linear_meshes.mapped(placement, loss, arguments, total=total)
-    return loss(**arguments, **names)
+    return _linear_meshes.apply(
+        function, loss, arguments, names, total=reduction is not None
+    )

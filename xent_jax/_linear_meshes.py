@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from xent_jax import _arguments, _checks, _linear_arguments
+from xent_jax import _arguments, _checks, _linear_arguments, _placement
 from xent_jax._reductions.axis import AxisName
 
 # By the axes that an argument has.
+_OF_LOGITS = ("hidden", "kernel")
 _OF_ROWS = ("labels", "where", "weights")
 _OF_CLASSES = ("bias", "class_mask", "class_weights")
 
@@ -22,9 +23,14 @@ class Placement(NamedTuple):
     """How the arguments are sharded."""
 
     function: str
-    mesh: Any
+    sharded: jax.Array  # an argument whose type names the mesh
     rows: tuple[Any, ...]  # the mesh axes of every batch axis
     classes: Any  # the mesh axes of the classes
+
+    @property
+    def mesh(self) -> Any:
+        """The mesh, an abstract one."""
+        return jax.typeof(self.sharded).sharding.mesh
 
     def spec(self, name: str) -> jax.P:
         """Returns how an argument is sharded."""
@@ -38,48 +44,51 @@ class Placement(NamedTuple):
 
 
 def placement_of(
-    function: str, hidden: Any, kernel: Any, axis_names: dict[str, AxisName]
+    function: str, arguments: dict[str, Any], axis_names: dict[str, AxisName]
 ) -> Placement | None:
     """Returns how rows and classes are sharded, `None` where no type says so.
 
     Args:
       function: what messages call it.
-      hidden: as the caller gave it.
-      kernel: as the caller gave it.
+      arguments: by name, as the caller gave them.
       axis_names: by argument, of a `jax.shard_map` that the call would have to be in.
 
     Raises:
       ValueError: the features are sharded, or rows and classes over the same mesh axis,
         or the call is in a `jax.shard_map` of other axes.
     """
-    mesh, specs = None, {}
-    for argument, value in (("hidden", hidden), ("kernel", kernel)):
-        kind = jax.typeof(_checks.as_array(function, argument, value))
-        spec = tuple(kind.sharding.spec)
-        specs[argument] = spec + (None,) * (len(kind.shape) - len(spec))
-        if any(name is not None for name in spec):
-            mesh = kind.sharding.mesh
-    if mesh is None or not specs["hidden"] or len(specs["kernel"]) != 2:
+    arrays = {
+        name: _checks.as_array(function, name, value)
+        for name, value in arguments.items()
+        if isinstance(value, jax.Array) or name in _OF_LOGITS
+    }
+    specs = {name: tuple(jax.typeof(a).sharding.spec) for name, a in arrays.items()}
+    sharded = [name for name, spec in specs.items() if any(map(_names, spec))]
+    if not sharded or not specs["hidden"] or len(specs["kernel"]) != 2:
         return None  # or an error that names the shape
-    if jax.sharding.AxisType.Manual in mesh.axis_types:
-        expected = "not be sharded over Explicit axes inside a jax.shard_map of others"
-        for argument, spec in specs.items():
-            if any(name is not None for name in spec):
-                _checks.fail(ValueError, function, argument, expected, jax.P(*spec))
+    *rows, _ = specs["hidden"]
+    placement = Placement(function, arrays[sharded[0]], tuple(rows), specs["kernel"][1])
+    manual = jax.sharding.AxisType.Manual in placement.mesh.axis_types
     for argument, name in axis_names.items():
-        _checks.check_axis_name(function, argument, name)  # which there is none of
-    *rows, of_hidden = specs["hidden"]
-    of_kernel, classes = specs["kernel"]
-    for argument, features in (("hidden", of_hidden), ("kernel", of_kernel)):
-        if features is not None:
-            expected = "not be sharded over its features"
+        if not manual:
+            _checks.check_axis_name(function, argument, name)  # which there is none of
+    for argument in _OF_LOGITS:
+        expected, whole = None, placement.spec(argument)
+        if manual and argument in sharded:
+            expected = (
+                "not be sharded over Explicit axes inside a jax.shard_map of others"
+            )
+        elif specs[argument] != tuple(whole):
+            expected = (
+                "not be sharded over its features "
+                f"(jax.sharding.reshard({argument}, {whole}) gathers them)"
+            )
+        elif argument == "kernel" and set(_names(tuple(rows))) & set(_names(whole)):
+            expected = "be sharded over other mesh axes than the rows of hidden"
+        if expected is not None:
             got = jax.P(*specs[argument])
             _checks.fail(ValueError, function, argument, expected, got)
-    if set(_names(tuple(rows))) & set(_names(classes)):
-        expected = "be sharded over other mesh axes than the rows of hidden"
-        got = jax.P(*specs["kernel"])
-        _checks.fail(ValueError, function, "kernel", expected, got)
-    return Placement(function, mesh, tuple(rows), classes)
+    return placement
 
 
 def _names(spec: Any) -> tuple[str, ...]:
@@ -89,35 +98,43 @@ def _names(spec: Any) -> tuple[str, ...]:
     return tuple(name for part in spec for name in _names(part))
 
 
-def mapped(
-    placement: Placement,
+def apply(
+    function: str,
     compute: Callable[..., Any],
     arguments: dict[str, Any],
+    axis_names: dict[str, AxisName],
     *,
     total: bool = False,
 ) -> Any:
     """Returns what is computed of the arguments, by each device on its part.
 
     Args:
-      placement: how they are sharded.
-      compute: takes the arguments, `class_axis_name` and, if `total`, also
-        `batch_axis_name`.
+      function: what messages call it.
+      compute: takes the arguments and the `axis_names`.
       arguments: by name, as the caller gave them.
+      axis_names: `class_axis_name` and, if `total`, `batch_axis_name`, as the caller
+        gave them.
       total: whether the result is a scalar; otherwise it is one, or more, a row.
     """
     arguments = {name: _checks.resolved(value) for name, value in arguments.items()}
-    _check(placement.function, arguments)
-    of_axes = ("hidden", "kernel", *_OF_ROWS, *_OF_CLASSES)
+    placement = placement_of(function, arguments, axis_names)
+    if placement is None:
+        return compute(**arguments, **axis_names)
+    _check(function, arguments)
+    of_axes = (*_OF_LOGITS, *_OF_ROWS, *_OF_CLASSES)
     unwrapped = {"labels": _arguments.unwrapped_ids(arguments["labels"])}
     arrays = {
-        name: jax.sharding.reshard(
-            _checks.as_real(placement.function, name, value),
-            jax.sharding.NamedSharding(placement.mesh, placement.spec(name)),
+        name: _placement.resharded(
+            _checks.as_real(function, name, value),
+            placement.spec(name),
+            placement.sharded,
         )
         for name, value in (arguments | unwrapped).items()
         if isinstance(value, jax.Array) or (name in of_axes and value is not None)
     }
     rest = {name: value for name, value in arguments.items() if name not in arrays}
+    if jax.sharding.AxisType.Manual in placement.mesh.axis_types:
+        return compute(**arrays, **rest, **axis_names)
     names = {"class_axis_name": _names(placement.classes) or None}
     if total:
         names["batch_axis_name"] = _names(placement.rows) or None

@@ -114,10 +114,7 @@ def linear_softmax_statistics(
     }
     statistics = functools.partial(_statistics, function, class_block)
     names = {"class_axis_name": class_axis_name}
-    placement = _linear_meshes.placement_of(function, hidden, kernel, names)
-    if placement is not None:
-        return _linear_meshes.mapped(placement, statistics, arguments)
-    return statistics(**arguments, **names)
+    return _linear_meshes.apply(function, statistics, arguments, names)
 
 
 def _statistics(

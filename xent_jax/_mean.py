@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax import _checks
+from xent_jax import _checks, _placement
 from xent_jax._reductions.axis import AxisName, psum
 from xent_jax._reductions.precision import accumulation_dtype
 
@@ -65,7 +65,7 @@ def weighted_mean(
     else:
         scale = _checks.as_real(function, "weights", weights)
         _checks.check_shape(function, "weights", scale, array.shape, "that of values")
-        scale = scale.astype(array.dtype)
+        scale = _placement.beside(scale, array).astype(array.dtype)
     _checks.check_axis_name(function, "batch_axis_name", batch_axis_name)
     # A finite value of weight 0 stays, so that the gradient by its weight is true.
     absent = (scale == 0) & ~jnp.isfinite(array)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _checks
+from xent_jax import _arguments, _checks, _placement
 from xent_jax._arguments import Axis
 from xent_jax._reductions.lowering import on_one_device
 from xent_jax._reductions.precision import accumulation_dtype, nan_where, scaled
@@ -196,7 +196,8 @@ def binary_cross_entropy(
     _checks.check_shape(function, "labels", targets, array.shape, meaning)
     dtype = accumulation_dtype(array.dtype)
     margin = _read_epsilon(function, epsilon, dtype)
-    keep = _arguments.read_mask(function, where, array.shape, meaning)
+    targets = _placement.beside(targets, array)
+    keep = _arguments.read_mask(function, where, array.shape, meaning, array)
     values = array.astype(dtype)
     targets = targets.astype(values.dtype)
     if keep is not None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _checks
+from xent_jax import _arguments, _checks, _placement
 from xent_jax._reductions.classes import unfused
 from xent_jax._reductions.precision import accumulation_dtype, scaled
 from xent_jax._reductions.tangents import unless_zero
@@ -76,8 +76,8 @@ def sigmoid_binary_cross_entropy(
     targets = _checks.as_real(function, "labels", labels)
     meaning = "that of logits"
     _checks.check_shape(function, "labels", targets, array.shape, meaning)
-    targets = targets.astype(dtype)
-    keep = _arguments.read_mask(function, where, array.shape, meaning)
+    targets = _placement.beside(targets, array).astype(dtype)
+    keep = _arguments.read_mask(function, where, array.shape, meaning, array)
     if keep is not None:
         targets = jnp.where(keep, targets, 0)
     smoothing = _arguments.read_scalar(
@@ -99,7 +99,10 @@ def _read_pos_weight(pos_weight: ArrayLike, logits: jax.Array) -> jax.Array:
         expected = f"have a shape that broadcasts to {logits.shape} (that of logits)"
         _checks.fail(ValueError, function, "pos_weight", expected, weight.shape)
     missing = tuple(range(logits.ndim - weight.ndim))
-    return jnp.expand_dims(weight.astype(accumulation_dtype(logits.dtype)), missing)
+    weight = jnp.expand_dims(weight, missing)
+    axes = [axis if size > 1 else None for axis, size in enumerate(weight.shape)]
+    weight = _placement.beside(weight, logits, axes)
+    return weight.astype(accumulation_dtype(logits.dtype))
 
 
 class _Parts(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _balancing, _checks
+from xent_jax import _arguments, _balancing, _checks, _placement
 from xent_jax._balancing import Problem
 from xent_jax._forms.rows import Given, row_results
 from xent_jax._reductions.axis import AxisName, ClassAxis, psum
@@ -183,10 +183,13 @@ def sinkhorn_cross_entropy(
     function = "sinkhorn_cross_entropy"
     array = _checks.as_array(function, "logits", logits)
     _checks.check_floating(function, "logits", array)
+    pairs = _checks.as_array(function, "scores", scores)
+    if pairs.shape == array.shape:  # or there is an error
+        pairs = _placement.beside(pairs, array)
     # Before the iteration and not after it: what is not differentiated costs less.
     targets = _targets(
         function,
-        _constant(scores),
+        _constant(pairs),
         _constant(epsilon),
         num_iters,
         _constant(tol),
@@ -201,7 +204,7 @@ def sinkhorn_cross_entropy(
     temperature = _checks.read_number(
         function, "temperature", temperature, dtype, inside=True
     )
-    mask = _arguments.read_mask(function, where, array.shape[:1], "one a sample")
+    mask = _arguments.read_mask(function, where, array.shape[:1], "one a sample", array)
     keep = None if mask is None else mask[:, None]
     values = zero_in_dropped_rows(array.astype(dtype), keep)
     values = _scaled_logits(values, temperature)
@@ -259,13 +262,13 @@ def _targets(
     )
     if tol is not None:
         tol = jnp.asarray(_checks.read_number(function, "tol", tol, dtype))
-    rows = _arguments.read_mask(function, where, array.shape[:1], "one a sample")
+    rows = _arguments.read_mask(function, where, array.shape[:1], "one a sample", array)
     keep = None if rows is None else rows[:, None]
     values = zero_in_dropped_rows(array.astype(dtype), keep)
     problem = Problem(
         scores=values if unit is None else values * unit,
         counted=None if keep is None else _counted(keep, batch_axis_name),
-        prior=_read_prior(function, prior, array.shape[1], dtype),
+        prior=_read_prior(function, prior, array, dtype),
         epsilon=scale,
     )
     count = _checks.read_count(function, "num_iters", num_iters)
@@ -292,9 +295,10 @@ def _units(
 
 
 def _read_prior(
-    function: str, prior: ArrayLike | None, size: int, dtype: jnp.dtype
+    function: str, prior: ArrayLike | None, scores: jax.Array, dtype: jnp.dtype
 ) -> jax.Array:
     """Returns the shares of the prototypes, [1, K]."""
+    size = scores.shape[1]
     if prior is None:
         return jnp.full((1, size), 1 / size, dtype)
     prior = _checks.resolved(prior)
@@ -305,7 +309,7 @@ def _read_prior(
         not isinstance(prior, jax.core.Tracer) and prior.is_fully_addressable
     ):
         _check_prior(function, np.asarray(prior).astype(np.float64), dtype)
-    shares = array.astype(dtype)[None]
+    shares = _placement.beside(array, scores, [1]).astype(dtype)[None]
     # The sum of large numbers would overflow; of a power of two nothing is rounded.
     half = 2.0 ** (jnp.finfo(dtype).maxexp // 2)
     largest = jnp.max(jax.lax.stop_gradient(shares))
