@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 import xent_jax
-from xent_jax._laws import (
+from xent_jax._checking.closed_forms import (
     BINARY_LAW,
     CATEGORICAL_LAW,
     LINEARIZED_LAW,

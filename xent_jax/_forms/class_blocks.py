@@ -15,7 +15,7 @@ from xent_jax._forms.loops import loop, varying, zeros
 from xent_jax._reductions.precision import accumulation_dtype
 from xent_jax._reductions.tangents import tangent_of
 from xent_jax._targets.block import Block
-from xent_jax._targets.class_ids import ClassIds, Results, Sums
+from xent_jax._targets.class_ids import ClassIds, Dots, Results, Sums
 
 
 class ClassBlocks(NamedTuple):
@@ -32,7 +32,7 @@ class ClassBlocks(NamedTuple):
         """Returns the results of every row, [N, 1]."""
         return _results(self, rows, layer)
 
-    def tangents(self, primals: Any, results: Results, dots: Any) -> Results:
+    def tangents(self, primals: Any, results: Results, dots: Any) -> Dots:
         """Returns the tangents of the results that are sums over the classes."""
         rows, layer = primals
         rows_dot, layer_dot = dots
@@ -125,7 +125,7 @@ def _tangents(
     layer: Layer,
     layer_dot: Layer,
     results: Results,
-) -> Results:
+) -> Dots:
     """Returns the tangents of the results, linear in those of the arguments."""
     # What is the same on all devices of a `shard_map` would, in reverse mode, have its
     # gradient summed over them in every step.
@@ -157,9 +157,7 @@ def _tangents(
         return (jax.tree.map(jnp.add, total, dot), dots), None
 
     zero = zeros(results.loss.shape, results.loss.dtype, (rows, layer))
-    nothing = jax.tree.map(
-        lambda _: zero, results._replace(prediction=None, statistics=None)
-    )
+    nothing = form.kind.no_tangents(results, zero)
     step = jax.checkpoint(step, prevent_cse=False)
     # The tangents are carried along: jax 0.7.2 does not transpose a scan whose rule
     # was written by hand and that has them as constants.

@@ -3,8 +3,8 @@
 A form says how the logits come, a kind of target what they are compared with. The
 tangent of a row's result is Σ slope·ẋ, with the slope "mean parameter minus target"
 written in the results themselves, so that a higher derivative applies the rule again.
-It is wrapped in `jax.checkpoint`: reverse mode keeps the logits, or what makes them, and
-a few numbers a row, but no softmax.
+It is wrapped in `jax.checkpoint`: reverse mode keeps the logits, or what makes them,
+and a few numbers a row, but no softmax.
 
 Where the classes are sharded, every sum over them is one over the classes here until
 `ClassAxis.total` adds up all of a row's sums at once: two all-reduces for the results,

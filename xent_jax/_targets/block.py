@@ -58,9 +58,7 @@ def block_at(axis: int, block: Block, ids: jax.Array) -> Block:
     By a gather, which a CPU does faster than a sum over a mask.
     """
 
-    def picked(array: jax.Array | None) -> jax.Array | None:
-        if array is None:
-            return None
+    def picked(array: jax.Array) -> jax.Array:
         whole = jnp.broadcast_to(array, block.logits.shape)
         return jnp.take_along_axis(whole, ids, axis)
 
@@ -71,11 +69,14 @@ def block_at(axis: int, block: Block, ids: jax.Array) -> Block:
         logits = jax.lax.bitcast_convert_type(picked(bits), dtype)
     else:
         logits = picked(logits)
-    weights = block.class_weights
-    if weights is not None:
-        weights = jnp.reshape(weights, -1)[ids]
-    keep = picked(block.keep_class)
-    return Block(logits, ids, keep, block.keep_row, weights)
+    keep, weights = block.keep_class, block.class_weights
+    return Block(
+        logits,
+        ids,
+        None if keep is None else picked(keep),
+        block.keep_row,
+        None if weights is None else jnp.reshape(weights, -1)[ids],
+    )
 
 
 def zero_where_dropped(numbers: jax.Array, block: Block) -> jax.Array:

@@ -1,8 +1,8 @@
 """Class ids as targets: the label is left out of the normaliser.
 
-Written the plain way, `logsumexp(x) − x[y]`, the difference of two rounded numbers loses
-every digit once the label wins by more than the precision of the dtype: the loss and
-its gradient become exactly 0. With the best rival m = max_{j≠y} x_j as the pivot,
+Written the plain way, `logsumexp(x) − x[y]`, the difference of two rounded numbers
+loses every digit once the label wins by more than the precision of the dtype: the loss
+and its gradient become exactly 0. With the best rival m = max_{j≠y} x_j as the pivot,
 R = Σ_{j≠y} exp(x_j − m) and w = R·exp(m − x_y), the loss is log1p(w) and the label's
 gradient −w / (1 + w): sums and products of non-negative terms, so errors add up and
 never amplify.
@@ -83,6 +83,17 @@ class Slopes(NamedTuple):
     entropy: jax.Array | None
 
 
+class Dots(NamedTuple):
+    """The tangents of the results that are sums over the classes."""
+
+    loss: jax.Array
+    log_normalizer: jax.Array
+    uniform: jax.Array | None
+    label_weight: jax.Array | None
+    entropy: jax.Array | None
+    total_weight: jax.Array | None
+
+
 class ClassIds(NamedTuple):
     """The kind of target that is one class id a row, and what is wanted of a row.
 
@@ -154,11 +165,11 @@ class ClassIds(NamedTuple):
         if classes.axis_name is None:
             return sums
         best_rival = classes.largest(sums.best_rival)
-        own = _relative_to(best_rival, sums)._replace(best_rival=None, largest=None)
-        total = classes.total(own)._replace(best_rival=best_rival)
+        own = _relative_to(best_rival, sums)
+        total = Sums(best_rival, *classes.total(own[1:-1]), largest=None)
         if sums.largest is None:
             return total
-        # No NaN, of which a maximum over devices makes what it likes: neither is finite.
+        # No NaN, of which a maximum over devices makes what it likes.
         logit, class_id = sums.largest
         logit = jnp.where(jnp.isnan(logit), jnp.inf, logit)
         largest = classes.largest(logit)
@@ -229,56 +240,54 @@ class ClassIds(NamedTuple):
         results: Results,
         logits_dot: jax.Array | None,
         weights_dot: jax.Array | None,
-    ) -> Results:
-        """Returns what a block adds to the tangents of what a loss is composed of.
+    ) -> Dots:
+        """Returns what a block adds to the tangents.
 
-        Linear in the tangents of the block's logits and class weights. The statistics,
-        which are not sums over blocks, are left to `completed`.
+        Linear in the tangents of the block's logits and class weights.
         """
-        axis = self.classes.axis
         zero = zero_in_dropped_rows(jnp.zeros_like(results.loss), block.keep_row)
-        dots = Slopes(*(None if part is None else zero for part in results[:3]), None)
-        dots = dots._replace(entropy=None if results.entropy is None else zero)
+        dots = self.no_tangents(results, zero)
         if logits_dot is not None:
-            direction = logits_dot.astype(zero.dtype)
-            direction = zero_where_dropped(direction, block)
-            dots = jax.tree.map(
-                lambda slope: jnp.sum(slope * direction, axis=axis, keepdims=True),
+            direction = zero_where_dropped(logits_dot.astype(zero.dtype), block)
+            changes = jax.tree.map(
+                lambda slope: self._total(slope * direction),
                 self.slopes(block, labels, results),
             )
-        weight = None if results.label_weight is None else zero
-        total = None if results.total_weight is None else zero
-        uniform = dots.uniform
-        if weights_dot is not None and uniform is not None:
+            dots = dots._replace(**changes._asdict())
+        if weights_dot is None:
+            return dots
+        if dots.uniform is not None:
             change = jnp.broadcast_to(weights_dot, block.logits.shape)
             change = zero_where_dropped(change, block)
             surprise = results.log_normalizer - values_of(block)
-            uniform = uniform + jnp.sum(surprise * change, axis=axis, keepdims=True)
-            total = jnp.sum(change, axis=axis, keepdims=True)
-        if weights_dot is not None and weight is not None:
+            dots = dots._replace(
+                uniform=dots.uniform + self._total(surprise * change),
+                total_weight=self._total(change),
+            )
+        if dots.label_weight is not None:
             own = jnp.where(block.class_ids == labels, weights_dot, 0)
-            own = jnp.sum(own, axis=axis, keepdims=True)
-            weight = zero_in_dropped_rows(own, block.keep_row)
-        return Results(
-            dots.loss,
-            dots.log_normalizer,
-            uniform,
-            weight,
-            dots.entropy,
-            None,
-            None,
-            total,
-        )
+            own = zero_in_dropped_rows(self._total(own), block.keep_row)
+            dots = dots._replace(label_weight=own)
+        return dots
 
-    def completed(self, results: Results, dots: Results) -> Results:
+    def no_tangents(self, results: Results, zero: jax.Array) -> Dots:
+        """Returns the tangents of no classes, `zero` a row of the wanted results."""
+        wanted = (getattr(results, name) for name in Dots._fields)
+        return Dots(*jax.tree.map(lambda _: zero, tuple(wanted)))
+
+    def completed(self, results: Results, dots: Dots) -> Results:
         """Returns the tangents of all results, from those that are sums over blocks."""
         zero = jax.custom_derivatives.zero_from_primal
-        return dots._replace(
+        return Results(
+            **dots._asdict(),
             prediction=jax.tree.map(zero, results.prediction),
             statistics=label_row.tangents(
                 results.statistics, dots.loss, dots.log_normalizer
             ),
         )
+
+    def _total(self, numbers: jax.Array) -> jax.Array:
+        return jnp.sum(numbers, axis=self.classes.axis, keepdims=True)
 
 
 def _rival(block: Block, labels: jax.Array) -> jax.Array:
@@ -299,31 +308,34 @@ def _label_logit(axis: int, block: Block, labels: jax.Array) -> jax.Array:
         return jnp.sum(term(block, labels), axis=axis, keepdims=True)
 
     def by_gather(block: Block, labels: jax.Array) -> jax.Array:
-        here, ids = _places(block, labels)
+        here, ids = _places(block.class_ids, labels)
         picked = block_at(axis, block, ids)
         return jnp.where(ids == here, values_of(picked), 0)
 
     return on_one_device(by_mask, by_gather)(block, labels)
 
 
-def _label_weight(axis: int, block: Block, labels: jax.Array) -> jax.Array:
+def _label_weight(axis: int, block: Block, labels: jax.Array) -> jax.Array | None:
     """Returns the weight of the label's class, 0 where it is in another block."""
+    if block.class_weights is None:
+        return None
 
-    def by_mask(block: Block, labels: jax.Array) -> jax.Array:
-        own = jnp.where(block.class_ids == labels, block.class_weights, 0)
+    def by_mask(weights: jax.Array, ids: jax.Array, labels: jax.Array) -> jax.Array:
+        own = jnp.where(ids == labels, weights, 0)
         return jnp.sum(own, axis=axis, keepdims=True)
 
-    def by_gather(block: Block, labels: jax.Array) -> jax.Array:
-        here, ids = _places(block, labels)
-        return jnp.where(ids == here, block.class_weights.reshape(-1)[ids], 0)
+    def by_gather(weights: jax.Array, ids: jax.Array, labels: jax.Array) -> jax.Array:
+        here, place = _places(ids, labels)
+        return jnp.where(place == here, weights.reshape(-1)[place], 0)
 
-    return on_one_device(by_mask, by_gather)(block, labels)
+    choose = on_one_device(by_mask, by_gather)
+    return choose(block.class_weights, block.class_ids, labels)
 
 
-def _places(block: Block, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns where the labels are in the block, and the same kept inside of it."""
-    here = labels - block.class_ids.reshape(-1)[0]
-    return here, jnp.clip(here, 0, block.class_ids.size - 1)
+def _places(class_ids: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns where labels are among consecutive ids, and the same kept inside them."""
+    here = labels - class_ids.reshape(-1)[0]
+    return here, jnp.clip(here, 0, class_ids.size - 1)
 
 
 def _uniform_sums(

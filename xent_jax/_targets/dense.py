@@ -113,8 +113,7 @@ class DenseTargets(NamedTuple):
         if self.classes.axis_name is None:
             return sums
         largest = self.classes.largest(sums.largest)
-        own = _relative_to(largest, sums)._replace(largest=None)
-        return self.classes.total(own)._replace(largest=largest)
+        return Sums(largest, *self.classes.total(_relative_to(largest, sums)[1:]))
 
     def results(
         self, sums: Sums, targets: jax.Array, keep_row: jax.Array | None

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _checks, _linear_arguments
+from xent_jax._arguments import arrays, checks, linear
+from xent_jax._arguments.linear import Head
 from xent_jax._forms.class_blocks import ClassBlocks
 from xent_jax._forms.head import class_total
 from xent_jax._forms.row_blocks import RowBlocks, linear_loss_sum
 from xent_jax._forms.rows import row_results
 from xent_jax._forms.sizes import classes_per_block, rows_per_block
-from xent_jax._linear_arguments import Head
 from xent_jax._reductions.axis import AxisName, ClassAxis, psum
 from xent_jax._reductions.precision import accumulation_dtype
 from xent_jax._targets.class_ids import ClassIds, Coefficients, combined
@@ -42,27 +42,27 @@ def linear_loss(
     _check_batch_axis(
         function, reduction, batch_axis_name, arguments["class_axis_name"]
     )
-    head = _linear_arguments.read_head(function, **arguments)
+    head = linear.read_head(function, **arguments)
     label_weights = _label_weights(head)
     coefficients = _coefficients(function, head, label_weights, label_smoothing, z_loss)
     uniform = coefficients.uniform is not None
     row_block, class_block = blocks
     if reduction is None:
         expected = "be None with reduction=None, which is blocked by class_block"
-        _linear_arguments.refuse_block(function, "row_block", row_block, expected)
+        linear.refuse_block(function, "row_block", row_block, expected)
         kind = ClassIds(head.classes, uniform)
         form = class_blocks_form(function, head, class_block, kind)
         results = row_results(form, head.rows, head.layer)
         return combined(results, coefficients).reshape(head.batch_shape)
     expected = f"be None with reduction={reduction!r}, which is blocked by row_block"
-    _linear_arguments.refuse_block(function, "class_block", class_block, expected)
+    linear.refuse_block(function, "class_block", class_block, expected)
     count, features = head.rows.hidden.shape
     dtype = accumulation_dtype(head.rows.hidden.dtype)
     classes = head.layer.kernel.shape[1]
     default = rows_per_block(count, features, classes, dtype.itemsize)
     form = RowBlocks(
         ClassIds(head.classes, uniform),
-        _linear_arguments.read_block(function, "row_block", row_block, default, count),
+        linear.read_block(function, "row_block", row_block, default, count),
         skip=arguments["where"] is not None and head.classes.axis_name is None,
     )
     ones = jnp.ones((count, 1), dtype)
@@ -89,9 +89,7 @@ def class_blocks_form(
     count, classes = head.rows.hidden.shape[0], head.layer.kernel.shape[1]
     itemsize = accumulation_dtype(head.rows.hidden.dtype).itemsize
     default = classes_per_block(count, classes, itemsize)
-    size = _linear_arguments.read_block(
-        function, "class_block", class_block, default, classes
-    )
+    size = linear.read_block(function, "class_block", class_block, default, classes)
     return ClassBlocks(kind, size)
 
 
@@ -101,18 +99,18 @@ def _check_batch_axis(
     batch_axis_name: AxisName,
     class_axis_name: AxisName,
 ) -> None:
-    _checks.check_axis_name(function, "batch_axis_name", batch_axis_name)
+    checks.check_axis_name(function, "batch_axis_name", batch_axis_name)
     if batch_axis_name is None:
         return
     if reduction is None:
         expected = "be None with reduction=None, which sums over no rows"
         got = repr(batch_axis_name)
-        _checks.fail(ValueError, function, "batch_axis_name", expected, got)
+        checks.fail(ValueError, function, "batch_axis_name", expected, got)
     names = ClassAxis(-1, batch_axis_name).names
     if set(names) & set(ClassAxis(-1, class_axis_name).names):
         expected = f"name other mesh axes than class_axis_name={class_axis_name!r}"
         got = repr(batch_axis_name)
-        _checks.fail(ValueError, function, "batch_axis_name", expected, got)
+        checks.fail(ValueError, function, "batch_axis_name", expected, got)
 
 
 def _coefficients(
@@ -124,10 +122,10 @@ def _coefficients(
 ) -> Coefficients:
     """Returns what the terms are multiplied by, of shapes that broadcast to [N, 1]."""
     dtype = head.rows.hidden.dtype
-    smoothing = _arguments.read_scalar(
+    smoothing = arrays.read_scalar(
         function, "label_smoothing", label_smoothing, dtype, highest=1
     )
-    z_coefficient = _arguments.read_scalar(function, "z_loss", z_loss, dtype)
+    z_coefficient = arrays.read_scalar(function, "z_loss", z_loss, dtype)
     own, uniform = label_weights, None
     if smoothing is not None:
         own = _times(1 - smoothing, own)

@@ -8,8 +8,9 @@ from typing import Literal
 import jax
 from jax.typing import ArrayLike
 
-from xent_jax import _linear_arguments, _linear_meshes
-from xent_jax._linear_loss import linear_loss
+from xent_jax._arguments import linear
+from xent_jax._forms import meshes
+from xent_jax._losses.linear_forms import linear_loss
 from xent_jax._reductions.axis import AxisName
 
 
@@ -171,7 +172,7 @@ def linear_softmax_cross_entropy(
       Gemma Team, *Gemma 2*, 2024, section 2 (softcap).
     """
     function = "linear_softmax_cross_entropy"
-    _linear_arguments.check_reduction(function, reduction)
+    linear.check_reduction(function, reduction)
     arguments = {
         "hidden": hidden,
         "kernel": kernel,
@@ -188,6 +189,4 @@ def linear_softmax_cross_entropy(
     blocks = row_block, class_block
     loss = functools.partial(linear_loss, function, reduction, blocks)
     names = {"class_axis_name": class_axis_name, "batch_axis_name": batch_axis_name}
-    return _linear_meshes.apply(
-        function, loss, arguments, names, total=reduction is not None
-    )
+    return meshes.apply(function, loss, arguments, names, total=reduction is not None)

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from xent_jax import _checks, _placement
-from xent_jax._checks import Shape
+from xent_jax._arguments import checks, placement
+from xent_jax._arguments.checks import Shape
 from xent_jax._reductions.axis import AxisName, ClassAxis
 from xent_jax._reductions.precision import accumulation_dtype
 
@@ -88,19 +88,19 @@ class Layout(NamedTuple):
         if self.logits is None:
             return array
         batch = [axis for axis in range(self.logits.ndim) if axis not in self.axes]
-        return _placement.beside(array, self.logits, batch)
+        return placement.beside(array, self.logits, batch)
 
     def all_beside(self, array: jax.Array) -> jax.Array:
         """Brings an array of the given shape to the sharding of the logits."""
-        return array if self.logits is None else _placement.beside(array, self.logits)
+        return array if self.logits is None else placement.beside(array, self.logits)
 
     def classes_beside(self, array: jax.Array) -> jax.Array:
         """Brings one number a class to the sharding of the logits in the layout."""
         if self.logits is None:
             return array
-        if _placement.on_explicit_mesh(self.logits, array) is None:
+        if placement.on_explicit_mesh(self.logits, array) is None:
             return array
-        return _placement.beside(array, self.classes(self.logits), [self.axis])
+        return placement.beside(array, self.classes(self.logits), [self.axis])
 
     def rows(self, array: jax.Array) -> jax.Array:
         """Brings an array of the batch shape into the layout."""
@@ -127,18 +127,18 @@ def read_logits(
     class_axis_name: AxisName = None,
 ) -> tuple[jax.Array, Layout]:
     """Returns the logits (or log-probabilities, or probabilities) and their layout."""
-    array = _checks.as_array(function, name, logits)
-    _checks.check_floating(function, name, array)
+    array = checks.as_array(function, name, logits)
+    checks.check_floating(function, name, array)
     if array.ndim == 0:
-        _checks.fail(ValueError, function, name, "have a class axis", array.shape)
-    axes = _checks.canonical_axes(function, axis, array.ndim)
-    _checks.check_axis_name(function, "class_axis_name", class_axis_name)
+        checks.fail(ValueError, function, name, "have a class axis", array.shape)
+    axes = checks.canonical_axes(function, axis, array.ndim)
+    checks.check_axis_name(function, "class_axis_name", class_axis_name)
     if class_axis_name is not None and len(axes) != 1:
         expected = "be one axis where class_axis_name shards it"
-        _checks.fail(ValueError, function, "axis", expected, repr(axis))
+        checks.fail(ValueError, function, "axis", expected, repr(axis))
     layout = Layout(function, name, array.shape, axes, class_axis_name, array)
     if layout.num_classes == 0:
-        _checks.fail(ValueError, function, name, "have at least one class", array.shape)
+        checks.fail(ValueError, function, name, "have at least one class", array.shape)
     return layout.classes(array), layout
 
 
@@ -149,8 +149,8 @@ def read_where(layout: Layout, where: ArrayLike | None) -> Keep:
     """
     if where is None:
         return Keep(None, None)
-    mask = _checks.as_array(layout.function, "where", where)
-    _checks.check_boolean(layout.function, "where", mask)
+    mask = checks.as_array(layout.function, "where", where)
+    checks.check_boolean(layout.function, "where", mask)
     if mask.shape == layout.shape:
         classes = layout.classes(layout.all_beside(mask))
         local = jnp.sum(classes, axis=layout.axis, keepdims=True, dtype=jnp.int32)
@@ -161,7 +161,7 @@ def read_where(layout: Layout, where: ArrayLike | None) -> Keep:
             f"have shape {layout.batch_shape} ({layout.batch_meaning}) or "
             f"{layout.shape} (that of {layout.name})"
         )
-        _checks.fail(ValueError, layout.function, "where", expected, mask.shape)
+        checks.fail(ValueError, layout.function, "where", expected, mask.shape)
     return Keep(None, layout.rows(layout.rows_beside(mask)))
 
 
@@ -175,10 +175,10 @@ def read_mask(
     """Returns a mask of the shape of the logits, or of their leading axes."""
     if where is None:
         return None
-    mask = _checks.as_array(function, "where", where)
-    _checks.check_boolean(function, "where", mask)
-    _checks.check_shape(function, "where", mask, shape, meaning)
-    return mask if logits is None else _placement.beside(mask, logits)
+    mask = checks.as_array(function, "where", where)
+    checks.check_boolean(function, "where", mask)
+    checks.check_shape(function, "where", mask, shape, meaning)
+    return mask if logits is None else placement.beside(mask, logits)
 
 
 def unwrapped_ids(labels: Any) -> Any:
@@ -187,7 +187,7 @@ def unwrapped_ids(labels: Any) -> Any:
     Without 64-bit types JAX would keep the low 32 bits of NumPy's ids, and of all that
     turns into NumPy arrays. The last number of 32 bits is no more of a class than they.
     """
-    labels = _checks.resolved(labels)
+    labels = checks.resolved(labels)
     if isinstance(labels, jax.Array):
         return labels
     if isinstance(labels, list | tuple):
@@ -214,10 +214,10 @@ def read_class_ids(layout: Layout, labels: ArrayLike, keep: Keep) -> jax.Array:
     into the classes. Ids count over all shards.
     """
     num_classes = layout.class_axis.count(layout.num_classes)
-    ids = _checks.as_array(layout.function, "labels", unwrapped_ids(labels))
+    ids = checks.as_array(layout.function, "labels", unwrapped_ids(labels))
     hint = _hint_for_ids(layout, ids)
-    _checks.check_class_ids(layout.function, "labels", ids, hint)
-    _checks.check_shape(
+    checks.check_class_ids(layout.function, "labels", ids, hint)
+    checks.check_shape(
         layout.function, "labels", ids, layout.batch_shape, layout.batch_meaning, hint
     )
     ids = layout.rows_beside(ids)
@@ -252,9 +252,9 @@ def _hint_for_targets(layout: Layout, labels: jax.Array) -> str:
 
 def read_targets(layout: Layout, labels: ArrayLike, dtype: jnp.dtype) -> jax.Array:
     """Returns dense targets in the accumulation dtype."""
-    array = _checks.as_real(layout.function, "labels", labels)
+    array = checks.as_real(layout.function, "labels", labels)
     meaning, hint = f"that of {layout.name}", _hint_for_targets(layout, array)
-    _checks.check_shape(layout.function, "labels", array, layout.shape, meaning, hint)
+    checks.check_shape(layout.function, "labels", array, layout.shape, meaning, hint)
     array = layout.all_beside(array)
     return layout.classes(array.astype(accumulation_dtype(dtype)))
 
@@ -265,10 +265,10 @@ def read_class_weights(
     """Returns the weights in the accumulation dtype, on the class axis."""
     if class_weights is None:
         return None
-    array = _checks.as_real(layout.function, "class_weights", class_weights)
+    array = checks.as_real(layout.function, "class_weights", class_weights)
     shape = (layout.num_classes,)
     here = " of this shard" if layout.axis_name is not None else ""
-    _checks.check_shape(
+    checks.check_shape(
         layout.function, "class_weights", array, shape, f"one number a class{here}"
     )
     array = layout.classes_beside(array)
@@ -289,7 +289,7 @@ def read_scalar(
 
     A traced or device value is used as it is, 0 or not.
     """
-    number = _checks.read_number(
+    number = checks.read_number(
         function, argument, value, accumulation_dtype(dtype), highest=highest
     )
     if not isinstance(number, jax.Array) and number == 0:

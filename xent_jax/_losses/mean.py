@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax import _checks, _placement
+from xent_jax._arguments import checks, placement
 from xent_jax._reductions.axis import AxisName, psum
 from xent_jax._reductions.precision import accumulation_dtype
 
@@ -57,16 +57,16 @@ def weighted_mean(
       2.0
     """
     function = "weighted_mean"
-    array = _checks.as_array(function, "values", values)
-    _checks.check_floating(function, "values", array)
+    array = checks.as_array(function, "values", values)
+    checks.check_floating(function, "values", array)
     array = array.astype(accumulation_dtype(array.dtype))
     if weights is None:
         scale = jnp.ones_like(array)
     else:
-        scale = _checks.as_real(function, "weights", weights)
-        _checks.check_shape(function, "weights", scale, array.shape, "that of values")
-        scale = _placement.beside(scale, array).astype(array.dtype)
-    _checks.check_axis_name(function, "batch_axis_name", batch_axis_name)
+        scale = checks.as_real(function, "weights", weights)
+        checks.check_shape(function, "weights", scale, array.shape, "that of values")
+        scale = placement.beside(scale, array).astype(array.dtype)
+    checks.check_axis_name(function, "batch_axis_name", batch_axis_name)
     # A finite value of weight 0 stays, so that the gradient by its weight is true.
     absent = (scale == 0) & ~jnp.isfinite(array)
     total = jnp.sum(scale * jnp.where(absent, 0, array))

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _checks, _placement
-from xent_jax._arguments import Axis
+from xent_jax._arguments import arrays, checks, placement
+from xent_jax._arguments.arrays import Axis
 from xent_jax._reductions.lowering import on_one_device
 from xent_jax._reductions.precision import accumulation_dtype, nan_where, scaled
 from xent_jax._targets.block import (
@@ -70,10 +70,10 @@ def nll_loss(
       [0.6931 0.2231]
     """
     function = "nll_loss"
-    array, layout = _arguments.read_logits(function, "log_probs", log_probs, axis)
-    keep = _arguments.read_where(layout, where)
-    ids = _arguments.read_class_ids(layout, labels, keep)
-    weights = _arguments.read_class_weights(layout, class_weights, array.dtype)
+    array, layout = arrays.read_logits(function, "log_probs", log_probs, axis)
+    keep = arrays.read_where(layout, where)
+    ids = arrays.read_class_ids(layout, labels, keep)
+    weights = arrays.read_class_weights(layout, class_weights, array.dtype)
     ids_here = class_ids(array, layout.axis, 0)
     block = Block(array, ids_here, keep.classes, keep.rows, weights)
     return layout.squeeze(_surprise(layout.axis, block, ids))
@@ -129,9 +129,9 @@ def categorical_cross_entropy(
       [0.3567 0.0513]
     """
     function = "categorical_cross_entropy"
-    array, layout = _arguments.read_logits(function, "probs", probs, axis)
-    keep = _arguments.read_where(layout, where)
-    targets = _arguments.read_targets(layout, labels, array.dtype)
+    array, layout = arrays.read_logits(function, "probs", probs, axis)
+    keep = arrays.read_where(layout, where)
+    targets = arrays.read_targets(layout, labels, array.dtype)
     margin = _read_epsilon(function, epsilon, targets.dtype)
     block = Block(array, class_ids(array, layout.axis, 0), keep.classes, keep.rows)
     values = array.astype(targets.dtype)
@@ -189,15 +189,15 @@ def binary_cross_entropy(
       [ 0.1054  0.2231 16.1181]
     """
     function = "binary_cross_entropy"
-    array = _checks.as_array(function, "probs", probs)
-    _checks.check_floating(function, "probs", array)
-    targets = _checks.as_real(function, "labels", labels)
+    array = checks.as_array(function, "probs", probs)
+    checks.check_floating(function, "probs", array)
+    targets = checks.as_real(function, "labels", labels)
     meaning = "that of probs"
-    _checks.check_shape(function, "labels", targets, array.shape, meaning)
+    checks.check_shape(function, "labels", targets, array.shape, meaning)
     dtype = accumulation_dtype(array.dtype)
     margin = _read_epsilon(function, epsilon, dtype)
-    targets = _placement.beside(targets, array)
-    keep = _arguments.read_mask(function, where, array.shape, meaning, array)
+    targets = placement.beside(targets, array)
+    keep = arrays.read_mask(function, where, array.shape, meaning, array)
     values = array.astype(dtype)
     targets = targets.astype(values.dtype)
     if keep is not None:
@@ -210,7 +210,7 @@ def binary_cross_entropy(
 def _read_epsilon(
     function: str, epsilon: ArrayLike, dtype: jnp.dtype
 ) -> jax.Array | np.floating:
-    return _checks.read_number(
+    return checks.read_number(
         function, "epsilon", epsilon, dtype, highest=0.5, inside=True
     )
 

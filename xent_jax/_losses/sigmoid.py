@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _checks, _placement
+from xent_jax._arguments import arrays, checks, placement
 from xent_jax._reductions.classes import unfused
 from xent_jax._reductions.precision import accumulation_dtype, scaled
 from xent_jax._reductions.tangents import unless_zero
@@ -70,17 +70,17 @@ def sigmoid_binary_cross_entropy(
       Bishop, *Pattern Recognition and Machine Learning*, section 4.3.2.
     """
     function = "sigmoid_binary_cross_entropy"
-    array = _checks.as_array(function, "logits", logits)
-    _checks.check_floating(function, "logits", array)
+    array = checks.as_array(function, "logits", logits)
+    checks.check_floating(function, "logits", array)
     dtype = accumulation_dtype(array.dtype)
-    targets = _checks.as_real(function, "labels", labels)
+    targets = checks.as_real(function, "labels", labels)
     meaning = "that of logits"
-    _checks.check_shape(function, "labels", targets, array.shape, meaning)
-    targets = _placement.beside(targets, array).astype(dtype)
-    keep = _arguments.read_mask(function, where, array.shape, meaning, array)
+    checks.check_shape(function, "labels", targets, array.shape, meaning)
+    targets = placement.beside(targets, array).astype(dtype)
+    keep = arrays.read_mask(function, where, array.shape, meaning, array)
     if keep is not None:
         targets = jnp.where(keep, targets, 0)
-    smoothing = _arguments.read_scalar(
+    smoothing = arrays.read_scalar(
         function, "label_smoothing", label_smoothing, dtype, highest=1
     )
     if smoothing is not None:
@@ -92,16 +92,16 @@ def sigmoid_binary_cross_entropy(
 def _read_pos_weight(pos_weight: ArrayLike, logits: jax.Array) -> jax.Array:
     """Returns the weight in the accumulation dtype, of the rank of the logits."""
     function = "sigmoid_binary_cross_entropy"
-    weight = _checks.as_real(function, "pos_weight", pos_weight)
+    weight = checks.as_real(function, "pos_weight", pos_weight)
     pairs = zip(reversed(weight.shape), reversed(logits.shape), strict=False)
     fits = all(size in (1, whole) for size, whole in pairs)
     if weight.ndim > logits.ndim or not fits:
         expected = f"have a shape that broadcasts to {logits.shape} (that of logits)"
-        _checks.fail(ValueError, function, "pos_weight", expected, weight.shape)
+        checks.fail(ValueError, function, "pos_weight", expected, weight.shape)
     missing = tuple(range(logits.ndim - weight.ndim))
     weight = jnp.expand_dims(weight, missing)
     axes = [axis if size > 1 else None for axis, size in enumerate(weight.shape)]
-    weight = _placement.beside(weight, logits, axes)
+    weight = placement.beside(weight, logits, axes)
     return weight.astype(accumulation_dtype(logits.dtype))
 
 

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _balancing, _checks, _placement
-from xent_jax._balancing import Problem
+from xent_jax._arguments import arrays, checks, placement
 from xent_jax._forms.rows import Given, row_results
 from xent_jax._reductions.axis import AxisName, ClassAxis, psum
 from xent_jax._reductions.precision import accumulation_dtype
+from xent_jax._targets import sinkhorn
 from xent_jax._targets.block import Block, class_ids, zero_in_dropped_rows
 from xent_jax._targets.dense import DenseTargets
+from xent_jax._targets.sinkhorn import Problem
 
 
 def sinkhorn_targets(
@@ -181,11 +182,11 @@ def sinkhorn_cross_entropy(
       As of `sinkhorn_targets`.
     """
     function = "sinkhorn_cross_entropy"
-    array = _checks.as_array(function, "logits", logits)
-    _checks.check_floating(function, "logits", array)
-    pairs = _checks.as_array(function, "scores", scores)
+    array = checks.as_array(function, "logits", logits)
+    checks.check_floating(function, "logits", array)
+    pairs = checks.as_array(function, "scores", scores)
     if pairs.shape == array.shape:  # or there is an error
-        pairs = _placement.beside(pairs, array)
+        pairs = placement.beside(pairs, array)
     # Before the iteration and not after it: what is not differentiated costs less.
     targets = _targets(
         function,
@@ -198,13 +199,13 @@ def sinkhorn_cross_entropy(
         batch_axis_name,
     )
     meaning = "that of scores"
-    _checks.check_shape(function, "logits", array, targets.shape, meaning)
+    checks.check_shape(function, "logits", array, targets.shape, meaning)
     double = jnp.float64 in (array.dtype, targets.dtype)
     dtype = jnp.dtype(jnp.float64 if double else jnp.float32)
-    temperature = _checks.read_number(
+    temperature = checks.read_number(
         function, "temperature", temperature, dtype, inside=True
     )
-    mask = _arguments.read_mask(function, where, array.shape[:1], "one a sample", array)
+    mask = arrays.read_mask(function, where, array.shape[:1], "one a sample", array)
     keep = None if mask is None else mask[:, None]
     values = zero_in_dropped_rows(array.astype(dtype), keep)
     values = _scaled_logits(values, temperature)
@@ -216,7 +217,7 @@ def sinkhorn_cross_entropy(
 
 def _constant(value: Any) -> Any:
     """Returns an argument, without a derivative where it is an array."""
-    value = _checks.resolved(value)
+    value = checks.resolved(value)
     return jax.lax.stop_gradient(value) if isinstance(value, jax.Array) else value
 
 
@@ -247,22 +248,22 @@ def _targets(
     batch_axis_name: AxisName,
 ) -> jax.Array:
     """Checks and converts the arguments, then computes the targets."""
-    array = _checks.as_array(function, "scores", scores)
-    _checks.check_floating(function, "scores", array)
+    array = checks.as_array(function, "scores", scores)
+    checks.check_floating(function, "scores", array)
     if array.ndim != 2:
         expected = "have two axes (samples, prototypes)"
-        _checks.fail(ValueError, function, "scores", expected, f"shape {array.shape}")
+        checks.fail(ValueError, function, "scores", expected, f"shape {array.shape}")
     if array.shape[1] == 0:
         expected = "have at least one prototype"
-        _checks.fail(ValueError, function, "scores", expected, f"shape {array.shape}")
-    _checks.check_axis_name(function, "batch_axis_name", batch_axis_name)
+        checks.fail(ValueError, function, "scores", expected, f"shape {array.shape}")
+    checks.check_axis_name(function, "batch_axis_name", batch_axis_name)
     dtype = accumulation_dtype(array.dtype)
     scale, unit = _units(
-        _checks.read_number(function, "epsilon", epsilon, dtype, inside=True)
+        checks.read_number(function, "epsilon", epsilon, dtype, inside=True)
     )
     if tol is not None:
-        tol = jnp.asarray(_checks.read_number(function, "tol", tol, dtype))
-    rows = _arguments.read_mask(function, where, array.shape[:1], "one a sample", array)
+        tol = jnp.asarray(checks.read_number(function, "tol", tol, dtype))
+    rows = arrays.read_mask(function, where, array.shape[:1], "one a sample", array)
     keep = None if rows is None else rows[:, None]
     values = zero_in_dropped_rows(array.astype(dtype), keep)
     problem = Problem(
@@ -271,8 +272,8 @@ def _targets(
         prior=_read_prior(function, prior, array, dtype),
         epsilon=scale,
     )
-    count = _checks.read_count(function, "num_iters", num_iters)
-    targets = _balancing.solve(problem, count, tol, batch_axis_name)
+    count = checks.read_count(function, "num_iters", num_iters)
+    targets = sinkhorn.solve(problem, count, tol, batch_axis_name)
     return zero_in_dropped_rows(targets, keep)
 
 
@@ -301,15 +302,15 @@ def _read_prior(
     size = scores.shape[1]
     if prior is None:
         return jnp.full((1, size), 1 / size, dtype)
-    prior = _checks.resolved(prior)
+    prior = checks.resolved(prior)
     with np.errstate(over="ignore"):  # there is an error below
-        array = _checks.as_real(function, "prior", prior)
-    _checks.check_shape(function, "prior", array, (size,), "one number a prototype")
+        array = checks.as_real(function, "prior", prior)
+    checks.check_shape(function, "prior", array, (size,), "one number a prototype")
     if not isinstance(prior, jax.Array) or (
         not isinstance(prior, jax.core.Tracer) and prior.is_fully_addressable
     ):
         _check_prior(function, np.asarray(prior).astype(np.float64), dtype)
-    shares = _placement.beside(array, scores, [1]).astype(dtype)[None]
+    shares = placement.beside(array, scores, [1]).astype(dtype)[None]
     # The sum of large numbers would overflow; of a power of two nothing is rounded.
     half = 2.0 ** (jnp.finfo(dtype).maxexp // 2)
     largest = jnp.max(jax.lax.stop_gradient(shares))
@@ -323,7 +324,7 @@ def _check_prior(function: str, numbers: np.ndarray, dtype: jnp.dtype) -> None:
     good = np.isfinite(numbers) & (numbers > 0)
     expected = "be positive and finite"
     if good.all():
-        narrow = _checks.narrowed(numbers, dtype)
+        narrow = checks.narrowed(numbers, dtype)
         good = np.isfinite(narrow) & (narrow >= tiny)
         expected = f"be positive and finite as normal numbers of {dtype}"
     if good.all():
@@ -331,7 +332,7 @@ def _check_prior(function: str, numbers: np.ndarray, dtype: jnp.dtype) -> None:
         good = shares / shares.sum() >= tiny
         expected = f"have shares of its sum that are normal numbers of {dtype}"
     if not good.all():
-        _checks.fail(ValueError, function, "prior", expected, numbers[~good][0])
+        checks.fail(ValueError, function, "prior", expected, numbers[~good][0])
 
 
 def _counted(keep: jax.Array, batch_axis_name: AxisName) -> jax.Array:

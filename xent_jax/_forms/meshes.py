@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from xent_jax import _arguments, _checks, _linear_arguments, _placement
+from xent_jax._arguments import checks, linear
 from xent_jax._reductions.axis import AxisName
 
 # By the axes that an argument has.
@@ -58,7 +58,7 @@ def placement_of(
         or the call is in a `jax.shard_map` of other axes.
     """
     arrays = {
-        name: _checks.as_array(function, name, value)
+        name: checks.as_array(function, name, value)
         for name, value in arguments.items()
         if isinstance(value, jax.Array) or name in _OF_LOGITS
     }
@@ -71,7 +71,7 @@ def placement_of(
     manual = jax.sharding.AxisType.Manual in placement.mesh.axis_types
     for argument, name in axis_names.items():
         if not manual:
-            _checks.check_axis_name(function, argument, name)  # which there is none of
+            checks.check_axis_name(function, argument, name)  # which there is none of
     for argument in _OF_LOGITS:
         expected, whole = None, placement.spec(argument)
         if manual and argument in sharded:
@@ -87,7 +87,7 @@ def placement_of(
             expected = "be sharded over other mesh axes than the rows of hidden"
         if expected is not None:
             got = jax.P(*specs[argument])
-            _checks.fail(ValueError, function, argument, expected, got)
+            checks.fail(ValueError, function, argument, expected, got)
     return placement
 
 
@@ -116,16 +116,16 @@ def apply(
         gave them.
       total: whether the result is a scalar; otherwise it is one, or more, a row.
     """
-    arguments = {name: _checks.resolved(value) for name, value in arguments.items()}
+    arguments = {name: checks.resolved(value) for name, value in arguments.items()}
     placement = placement_of(function, arguments, axis_names)
     if placement is None:
         return compute(**arguments, **axis_names)
     _check(function, arguments)
     of_axes = (*_OF_LOGITS, *_OF_ROWS, *_OF_CLASSES)
-    unwrapped = {"labels": _arguments.unwrapped_ids(arguments["labels"])}
+    unwrapped = {"labels": unwrapped_ids(arguments["labels"])}
     arrays = {
-        name: _placement.resharded(
-            _checks.as_real(function, name, value),
+        name: resharded(
+            checks.as_real(function, name, value),
             placement.spec(name),
             placement.sharded,
         )
@@ -158,6 +158,6 @@ def _check(function: str, arguments: dict[str, Any]) -> None:
     rest = {name: value for name, value in read.items() if name not in shapes}
 
     def check(**arrays: Any) -> None:
-        _linear_arguments.read_head(function, **arrays, **rest)
+        linear.read_head(function, **arrays, **rest)
 
     jax.eval_shape(check, **shapes)

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments
-from xent_jax._arguments import Axis, Keep, Layout
+from xent_jax._arguments import arrays
+from xent_jax._arguments.arrays import Axis, Keep, Layout
 from xent_jax._forms.linearized import linearized_loss
 from xent_jax._forms.rows import Given, row_results
 from xent_jax._reductions.axis import AxisName
@@ -93,18 +93,18 @@ def softmax_cross_entropy(
       Chowdhery et al., *PaLM*, 2022, section 5 (z-loss).
     """
     function = "softmax_cross_entropy"
-    array, layout = _arguments.read_logits(
+    array, layout = arrays.read_logits(
         function, "logits", logits, axis, class_axis_name
     )
-    keep = _arguments.read_where(layout, where)
-    targets = _arguments.read_targets(layout, labels, array.dtype)
+    keep = arrays.read_where(layout, where)
+    targets = arrays.read_targets(layout, labels, array.dtype)
     block = _block(array, layout, keep)
     targets = zero_where_dropped(targets, block)
-    smoothing = _arguments.read_scalar(
+    smoothing = arrays.read_scalar(
         function, "label_smoothing", label_smoothing, array.dtype, highest=1
     )
-    weights = _arguments.read_class_weights(layout, class_weights, array.dtype)
-    coefficient = _arguments.read_scalar(function, "z_loss", z_loss, array.dtype)
+    weights = arrays.read_class_weights(layout, class_weights, array.dtype)
+    coefficient = arrays.read_scalar(function, "z_loss", z_loss, array.dtype)
     share = None if smoothing is None else 1 - smoothing
     if weights is not None:
         share = weights if share is None else share * weights
@@ -206,16 +206,16 @@ def softmax_cross_entropy_with_integer_labels(
       Chowdhery et al., *PaLM*, 2022, section 5 (z-loss).
     """
     function = "softmax_cross_entropy_with_integer_labels"
-    array, layout = _arguments.read_logits(
+    array, layout = arrays.read_logits(
         function, "logits", logits, axis, class_axis_name
     )
-    keep = _arguments.read_where(layout, where)
-    ids = _arguments.read_class_ids(layout, labels, keep)
-    smoothing = _arguments.read_scalar(
+    keep = arrays.read_where(layout, where)
+    ids = arrays.read_class_ids(layout, labels, keep)
+    smoothing = arrays.read_scalar(
         function, "label_smoothing", label_smoothing, array.dtype, highest=1
     )
-    weights = _arguments.read_class_weights(layout, class_weights, array.dtype)
-    coefficient = _arguments.read_scalar(function, "z_loss", z_loss, array.dtype)
+    weights = arrays.read_class_weights(layout, class_weights, array.dtype)
+    coefficient = arrays.read_scalar(function, "z_loss", z_loss, array.dtype)
     kind = ClassIds(
         layout.class_axis,
         uniform=smoothing is not None,
@@ -268,8 +268,8 @@ def linearized_softmax_cross_entropy(
       [0.5752]
     """
     function = "linearized_softmax_cross_entropy"
-    array, layout = _arguments.read_logits(function, "logits", logits, axis)
-    targets = _arguments.read_targets(layout, labels, array.dtype)
+    array, layout = arrays.read_logits(function, "logits", logits, axis)
+    targets = arrays.read_targets(layout, labels, array.dtype)
     return layout.squeeze(linearized_loss(layout.class_axis, array, targets))
 
 

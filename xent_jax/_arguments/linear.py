@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax import _arguments, _checks
-from xent_jax._arguments import Keep, Layout
-from xent_jax._checks import Shape
+from xent_jax._arguments import arrays, checks
+from xent_jax._arguments.arrays import Keep, Layout
+from xent_jax._arguments.checks import Shape
 from xent_jax._forms.head import Layer, Rows
 from xent_jax._reductions.axis import AxisName, ClassAxis
 from xent_jax._reductions.precision import accumulation_dtype
@@ -44,31 +44,29 @@ def read_head(
     class_weights: ArrayLike | None = None,
 ) -> Head:
     """Returns the checked arguments."""
-    _checks.check_axis_name(function, "class_axis_name", class_axis_name)
-    features = _checks.as_array(function, "hidden", hidden)
-    _checks.check_floating(function, "hidden", features)
+    checks.check_axis_name(function, "class_axis_name", class_axis_name)
+    features = checks.as_array(function, "hidden", hidden)
+    checks.check_floating(function, "hidden", features)
     if features.ndim == 0:
-        _checks.fail(ValueError, function, "hidden", "have a last axis", ())
-    matrix = _checks.as_array(function, "kernel", kernel)
-    _checks.check_floating(function, "kernel", matrix)
+        checks.fail(ValueError, function, "hidden", "have a last axis", ())
+    matrix = checks.as_array(function, "kernel", kernel)
+    checks.check_floating(function, "kernel", matrix)
     if matrix.ndim != 2 or matrix.shape[0] != features.shape[-1]:
         expected = f"have shape ({features.shape[-1]}, V) (features of hidden, classes)"
-        _checks.fail(ValueError, function, "kernel", expected, matrix.shape)
+        checks.fail(ValueError, function, "kernel", expected, matrix.shape)
     classes = matrix.shape[1]
     if classes == 0:
         expected = "have at least one class"
-        _checks.fail(ValueError, function, "kernel", expected, matrix.shape)
+        checks.fail(ValueError, function, "kernel", expected, matrix.shape)
     dtype = accumulation_dtype(features.dtype)
     # The layout of the logits, had there been any.
     shape = (*features.shape[:-1], classes)
     layout = Layout(function, "hidden", shape, (features.ndim - 1,), class_axis_name)
     mask = _read_classes(function, "class_mask", class_mask, classes)
-    keep = _arguments.read_mask(
-        function, where, layout.batch_shape, layout.batch_meaning
-    )
+    keep = arrays.read_mask(function, where, layout.batch_shape, layout.batch_meaning)
     if weights is not None:
-        weights = _checks.as_real(function, "weights", weights)
-        _checks.check_shape(
+        weights = checks.as_real(function, "weights", weights)
+        checks.check_shape(
             function, "weights", weights, layout.batch_shape, layout.batch_meaning
         )
         weights = weights.astype(dtype).reshape(-1, 1)
@@ -77,7 +75,7 @@ def read_head(
         kept = layout.class_axis.largest(jnp.any(mask).astype(jnp.int32)) > 0
         keep = jnp.full(layout.batch_shape, kept) if keep is None else keep & kept
     rows = None if keep is None else layout.rows(keep)
-    ids = _arguments.read_class_ids(layout, labels, Keep(None, rows)).reshape(-1, 1)
+    ids = arrays.read_class_ids(layout, labels, Keep(None, rows)).reshape(-1, 1)
     features = features.reshape(ids.shape[0], features.shape[-1])
     rows = None if rows is None else rows.reshape(-1, 1)
     if weights is not None:
@@ -121,12 +119,12 @@ def _read_classes(
     if value is None:
         return None
     if dtype is None:
-        array = _checks.as_array(function, argument, value)
-        _checks.check_boolean(function, argument, array)
+        array = checks.as_array(function, argument, value)
+        checks.check_boolean(function, argument, array)
     else:
-        array = _checks.as_real(function, argument, value).astype(dtype)
+        array = checks.as_real(function, argument, value).astype(dtype)
     meaning = "one value a class, as the kernel's columns"
-    _checks.check_shape(function, argument, array, (classes,), meaning)
+    checks.check_shape(function, argument, array, (classes,), meaning)
     return array[None]
 
 
@@ -136,7 +134,7 @@ def _read_softcap(
     if softcap is None:
         return None
     return jnp.asarray(
-        _checks.read_number(function, "softcap", softcap, dtype, inside=True)
+        checks.read_number(function, "softcap", softcap, dtype, inside=True)
     )
 
 
@@ -144,7 +142,7 @@ def check_reduction(function: str, reduction: str | None) -> None:
     """Raises unless the reduction is one of the three."""
     if reduction not in (None, "mean", "sum"):
         expected = "be None, 'mean' or 'sum'"
-        _checks.fail(ValueError, function, "reduction", expected, repr(reduction))
+        checks.fail(ValueError, function, "reduction", expected, repr(reduction))
 
 
 def read_block(
@@ -153,11 +151,11 @@ def read_block(
     """Returns a block size: the caller's, or the default; `most` of it at most."""
     if size is None:
         return default
-    size = _checks.read_count(function, argument, size)
+    size = checks.read_count(function, argument, size)
     return max(1, min(size, most)) if isinstance(most, int) else size
 
 
 def refuse_block(function: str, argument: str, size: int | None, instead: str) -> None:
     """Raises if a block size is given that does not apply."""
     if size is not None:
-        _checks.fail(ValueError, function, argument, instead, repr(size))
+        checks.fail(ValueError, function, argument, instead, repr(size))

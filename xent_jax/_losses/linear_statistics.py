@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.typing import ArrayLike
 
-from xent_jax import _linear_arguments, _linear_meshes
+from xent_jax._arguments import linear
+from xent_jax._forms import meshes
 from xent_jax._forms.rows import row_results
-from xent_jax._linear_loss import class_blocks_form
+from xent_jax._losses.linear_forms import class_blocks_form
 from xent_jax._reductions.axis import AxisName
 from xent_jax._targets.class_ids import ClassIds
 
@@ -114,13 +115,13 @@ def linear_softmax_statistics(
     }
     statistics = functools.partial(_statistics, function, class_block)
     names = {"class_axis_name": class_axis_name}
-    return _linear_meshes.apply(function, statistics, arguments, names)
+    return meshes.apply(function, statistics, arguments, names)
 
 
 def _statistics(
     function: str, class_block: int | None, **arguments: Any
 ) -> SoftmaxStatistics:
-    head = _linear_arguments.read_head(function, **arguments)
+    head = linear.read_head(function, **arguments)
     kind = ClassIds(head.classes, entropy=True, prediction=True)
     form = class_blocks_form(function, head, class_block, kind)
     results = row_results(form, head.rows, head.layer)
