@@ -260,6 +260,7 @@ class ClassIds(NamedTuple):
             change = jnp.broadcast_to(weights_dot, block.logits.shape)
             change = zero_where_dropped(change, block)
             surprise = results.log_normalizer - values_of(block)
+            surprise = zero_where_dropped(surprise, block)
             dots = dots._replace(
                 uniform=dots.uniform + self._total(surprise * change),
                 total_weight=self._total(change),
