@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import jax
 
 from xent_jax._arguments import checks, linear
+from xent_jax._arguments.arrays import unwrapped_ids
+from xent_jax._arguments.placement import resharded
 from xent_jax._reductions.axis import AxisName
 
 # By the axes that an argument has.

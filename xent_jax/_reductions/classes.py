@@ -4,11 +4,12 @@ What is reduced is an elementwise function of the logits. Everywhere but on a CP
 plain reduction is one pass over them; there, the sums of slices are written out. Masks,
 labels and dtypes are the business of that function.
 
-Every sum on a CPU is a tree. A number goes through at most 4 additions of slices, 6 of
-lanes, 15 (XLA's, of fewer than 16 lanes; about 8 where there are 64 or more) and 3 of
-groups; in `SPLIT_SUM` the largest numbers, of which a row's is 1, only through the
-first 4 together with the others. No sum is therefore off by more than 28 roundings of
-what is small in it and 4 of what is large, for any number of classes.
+Every sum on a CPU is a tree. A number goes through at most 4 additions of slices, 5 in
+each cut of the lanes (of which there are 3 for a million classes), 15 of the fewer than
+16 lanes that are left then, and 3 of groups. In `SPLIT_SUM` what is above `_EDGE`, as
+the largest number of a row is, which is 1, is added to smaller numbers in the first 4 of
+these only: no sum is off by more than 37 roundings of what is small in it and 4 of what
+is large, whatever the number of classes; a test holds rows that are made for it.
 """
 
 import functools
@@ -32,7 +33,7 @@ _MOST_SINGLE = 32
 # operand that is converted first are fewer; slices of that first result, which is not
 # to be computed again for each of them, are more.
 _MOST_SLICES = 14
-_FEWEST_SLICES_OF_RESULT, _MOST_SLICES_OF_RESULT = 16, 32
+_FEWEST_SLICES_OF_RESULT, _FEWEST_TO_CUT = 16, 64
 # More slices come in groups, one after the other, so that the lanes stay in the cache,
 # and in memory that the allocator gives out again without clearing it; few groups, as
 # each is compiled.
@@ -256,15 +257,15 @@ def _in_lanes(
       cut: the slices of one array or more.
       size: of the axis.
     """
-    slices = size if size < 64 else 16
-    shape = _Slices.of(axis, size, -(-size // slices))
+    lanes = 1 if size < _FEWEST_TO_CUT else size // _FEWEST_SLICES_OF_RESULT
+    shape = _Slices.of(axis, size, lanes)
     sums = [shape.combined(operator.add, 0, *parts) for parts in cut(shape)]
-    if shape.lanes == 1:
+    if lanes == 1:
         return sums
-    if shape.lanes < 16 or shape.lanes >= 64:
+    if lanes < _FEWEST_SLICES_OF_RESULT:
         return [jnp.sum(unfused(part), axis=axis, keepdims=True) for part in sums]
     return [
-        _in_lanes(axis, lambda parts, array=array: [parts.cut(array)], shape.lanes)[0]
+        _in_lanes(axis, lambda parts, array=array: [parts.cut(array)], lanes)[0]
         for array in map(unfused, sums)
     ]
 
