@@ -7,9 +7,9 @@ labels and dtypes are the business of that function.
 Every sum on a CPU is a tree. A number goes through at most 4 additions of slices, 5 in
 each cut of the lanes (of which there are 3 for a million classes), 15 of the fewer than
 16 lanes that are left then, and 3 of groups. In `SPLIT_SUM` what is above `_EDGE`, as
-the largest number of a row is, which is 1, is added to smaller numbers in the first 4 of
-these only: no sum is off by more than 37 roundings of what is small in it and 4 of what
-is large, whatever the number of classes; a test holds rows that are made for it.
+the largest number of a row is, which is 1, is added to smaller numbers in the first 4
+of these only: no sum is off by more than 37 roundings of what is small in it and 4 of
+what is large, whatever the number of classes; a test holds rows that are made for it.
 """
 
 import functools
