@@ -109,46 +109,57 @@ def derivative_scale(options, order):
     return size * (4 if options.get("z_loss") else 1) if order > 1 else size
 
 
+def narrowed(options, size):
+    """Returns options in float32, of the classes that there are."""
+    return {
+        name: np.asarray(value[:size], np.float32) if np.ndim(value) else value
+        for name, value in options.items()
+    }
+
+
+def moved(start, directions, steps):
+    """Returns numbers in mpmath, moved along directions."""
+    return [
+        mpmath.mpf(float(number))
+        + mpmath.fsum(
+            step * float(direction[index])
+            for step, direction in zip(steps, directions, strict=True)
+        )
+        for index, number in enumerate(start)
+    ]
+
+
 @pytest.mark.parametrize("nesting", MODES, ids=NAMES)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("kind", ["ids", "dense"])
 def test_losses_of_logits(kind, options, nesting):
-    loss = xent_jax.softmax_cross_entropy_with_integer_labels
+    loss = {
+        "ids": xent_jax.softmax_cross_entropy_with_integer_labels,
+        "dense": xent_jax.softmax_cross_entropy,
+    }[kind]
     order = len(nesting)
+
+    @jax.jit
+    def derivative(logits, keep):
+        size = logits.size
+        label = min(LABEL, size - 1)
+        target = jnp.eye(size)[label] if kind == "dense" else jnp.array(label)
+
+        def scalar(x):
+            return loss(x, target, where=keep, **narrowed(options, size))
+
+        directions = jnp.asarray(DIRECTIONS[:, :size], jnp.float32)
+        return along(scalar, nesting, directions)(logits)
+
     for margin in MARGINS:
         logits, keep = point(margin)
         size = len(logits)
-        label = min(LABEL, size - 1)
-        cut = {
-            name: value[:size] if np.ndim(value) else value
-            for name, value in options.items()
-        }
-        directions = DIRECTIONS[:order, :size]
-        target = np.eye(size, dtype=np.float32)[label] if kind == "dense" else label
-        loss = {
-            "ids": xent_jax.softmax_cross_entropy_with_integer_labels,
-            "dense": xent_jax.softmax_cross_entropy,
-        }[kind]
-        narrow = {
-            name: np.asarray(value, np.float32) if np.ndim(value) else value
-            for name, value in cut.items()
-        }
+        cut = {k: v[:size] if np.ndim(v) else v for k, v in options.items()}
+        computed = derivative(jnp.asarray(logits, jnp.float32), jnp.asarray(keep))
 
-        def scalar(x, target=target, keep=keep, narrow=narrow, loss=loss):
-            return loss(x, jnp.asarray(target), where=jnp.asarray(keep), **narrow)
-
-        derivative = along(scalar, nesting, jnp.asarray(directions, jnp.float32))
-        computed = jax.jit(derivative)(jnp.asarray(logits, jnp.float32))
-
-        def exact(steps, logits=logits, keep=keep, label=label, cut=cut):
-            x = [
-                mpmath.mpf(float(logits[i]))
-                + mpmath.fsum(
-                    s * float(d[i]) for s, d in zip(steps, DIRECTIONS, strict=False)
-                )
-                for i in range(len(logits))
-            ]
-            return true_loss(x, keep, label, **cut)
+        def exact(steps, logits=logits, keep=keep, size=size, cut=cut):
+            x = moved(logits, DIRECTIONS[:order, :size], steps)
+            return true_loss(x, keep, min(LABEL, size - 1), **cut)
 
         truth = true_derivative(exact, order)
         large = abs(float(logits.max())) if cut.get("z_loss") and order < 3 else 1
@@ -156,55 +167,43 @@ def test_losses_of_logits(kind, options, nesting):
 
 
 @pytest.mark.parametrize("nesting", MODES, ids=NAMES)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", ["plain", "all"])
 @pytest.mark.parametrize("by", ["hidden", "kernel"])
 @pytest.mark.parametrize("reduction", [None, "sum"])
 def test_heads(reduction, by, options, nesting):
     """The features are 1 and 0: the first row of the kernel is the logits."""
-    order = len(nesting)
-    narrow = {
-        name: np.asarray(value, np.float32) if np.ndim(value) else value
-        for name, value in options.items()
-    }
+    order, options = len(nesting), OPTIONS[options]
+    if by == "kernel":
+        moves = np.stack([DIRECTIONS, DIRECTIONS[::-1]], 1)[:order]
+    else:
+        moves = DIRECTIONS[:order, None, :2] / 64
+
+    @jax.jit
+    def derivative(slopes, keep):
+        def scalar(x):
+            return xent_jax.linear_softmax_cross_entropy(
+                x if by == "hidden" else jnp.array([[1.0, 0.0]]),
+                x if by == "kernel" else slopes,
+                jnp.array([LABEL]),
+                class_mask=keep,
+                reduction=reduction,
+                **narrowed(options, 4),
+            ).sum()
+
+        start = slopes if by == "kernel" else jnp.array([[1.0, 0.0]])
+        return along(scalar, nesting, jnp.asarray(moves, jnp.float32))(start)
+
     for margin in (-130.0, 95.0, 1e3, "one kept class"):
         logits, keep = point(margin)
         slopes = np.array([logits, [0.25, -0.5, 1.0, 0.5]])
-        if by == "kernel":
-            moves = np.stack([DIRECTIONS, DIRECTIONS[::-1]], 1)[:order]
-        else:
-            moves = DIRECTIONS[:order, None, :2] / 64
+        computed = derivative(jnp.asarray(slopes, jnp.float32), jnp.asarray(keep))
 
-        def scalar(x, keep=keep, slopes=slopes):
-            hidden = x if by == "hidden" else jnp.array([[1.0, 0.0]])
-            kernel = x if by == "kernel" else jnp.asarray(slopes, jnp.float32)
-            return xent_jax.linear_softmax_cross_entropy(
-                hidden,
-                kernel,
-                jnp.array([LABEL]),
-                class_mask=jnp.asarray(keep),
-                reduction=reduction,
-                **narrow,
-            ).sum()
-
-        start = slopes if by == "kernel" else np.array([[1.0, 0.0]])
-        derivative = along(scalar, nesting, jnp.asarray(moves, jnp.float32))
-        computed = jax.jit(derivative)(jnp.asarray(start, jnp.float32))
-
-        def exact(steps, moves=moves, slopes=slopes, keep=keep):
-            def moved(array, row, column):
-                changes = (
-                    s * float(m[row][column]) for s, m in zip(steps, moves, strict=True)
-                )
-                return mpmath.mpf(float(array[row][column])) + mpmath.fsum(changes)
-
+        def exact(steps, slopes=slopes, keep=keep):
             if by == "kernel":
-                x = [moved(slopes, 0, i) for i in range(4)]
+                x = moved(slopes[0], moves[:, 0], steps)
             else:
-                hidden = [moved([[1.0, 0.0]], 0, i) for i in range(2)]
-                x = [
-                    hidden[0] * float(slopes[0][i]) + hidden[1] * float(slopes[1][i])
-                    for i in range(4)
-                ]
+                left, right = moved([1.0, 0.0], moves[:, 0], steps)
+                x = [left * float(a) + right * float(b) for a, b in slopes.T]
             return true_loss(x, keep, LABEL, **options)
 
         truth = true_derivative(exact, order)

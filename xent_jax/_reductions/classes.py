@@ -225,6 +225,7 @@ def _written(axis: int, reduction: Reduction, part: jax.Array) -> jax.Array:
     return reduction.reduce(pair, axis=axis, keepdims=True)
 
 
+@jax.jit
 def _split(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns two parts of non-negative numbers: up to `_EDGE`, and what is above.
 
@@ -262,25 +263,36 @@ def _in_lanes(
     sums = [shape.combined(operator.add, 0, *parts) for parts in cut(shape)]
     if lanes == 1:
         return sums
+    sums = list(map(unfused, sums))
     if lanes < _FEWEST_SLICES_OF_RESULT:
-        return [jnp.sum(unfused(part), axis=axis, keepdims=True) for part in sums]
-    return [
-        _in_lanes(axis, lambda parts, array=array: [parts.cut(array)], lanes)[0]
-        for array in map(unfused, sums)
-    ]
+        return [jnp.sum(part, axis=axis, keepdims=True) for part in sums]
+    return [_in_more_lanes(axis, part) for part in sums]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _in_more_lanes(axis: int, array: jax.Array) -> jax.Array:
+    return _in_lanes(axis, lambda parts: [parts.cut(array)], array.shape[axis])[0]
+
+
+# The reductions of lanes are functions, traced once and called by every group.
+@functools.partial(jax.jit, static_argnums=0)
 def _sums_of_lanes(axis: int, *parts: jax.Array) -> list[jax.Array]:
     def cut(slices: _Slices) -> list[list[jax.Array]]:
         if len(parts) == 1:
             return [slices.cut(parts[0])]
         # Two as one complex array, for which XLA:CPU reads the operands once.
-        pairs = slices.cut(jax.lax.complex(*parts))
-        return [list(map(jnp.real, pairs)), list(map(jnp.imag, pairs))]
+        halves = map(_halves, slices.cut(jax.lax.complex(*parts)))
+        return list(map(list, zip(*halves, strict=True)))
 
     return _in_lanes(axis, cut, parts[0].shape[axis])
 
 
+@jax.jit
+def _halves(pair: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.real(pair), jnp.imag(pair)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _split_sum_of_lanes(axis: int, part: jax.Array) -> list[jax.Array]:
     def cut(slices: _Slices) -> list[list[jax.Array]]:
         return list(map(list, zip(*map(_split, slices.cut(part)), strict=True)))
@@ -289,6 +301,7 @@ def _split_sum_of_lanes(axis: int, part: jax.Array) -> list[jax.Array]:
     return [small + large]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _max_of_lanes(axis: int, part: jax.Array) -> list[jax.Array]:
     return [jnp.max(part, axis=axis, keepdims=True)]
 
