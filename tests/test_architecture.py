@@ -1,18 +1,31 @@
 """What the package promises about itself: layers, imports, size, start-up."""
 
 import ast
+import functools
+import graphlib
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import xent_jax
 
 PACKAGE = pathlib.Path(xent_jax.__file__).parent
 # Folders may import from earlier ones; within a folder nothing goes round in a circle.
-FOLDERS = ["_arguments", "_reductions", "_targets", "_forms", "", "_checking"]
+FOLDERS = [
+    "_reductions",
+    "_arguments",
+    "_targets",
+    "_forms",
+    "_losses",
+    "",
+    "_checking",
+]
 MODULES = sorted(
     path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".")
     for path in PACKAGE.rglob("*.py")
@@ -43,6 +56,30 @@ def own(name):
         if f"{module}.__init__" in MODULES:
             return f"{module}.__init__"
     return "__init__"
+
+
+def level_of(module):
+    """Returns the place of a module's folder; the public modules come last."""
+    folder = module.split(".")[0] if "." in module else ""
+    return FOLDERS.index(folder) + (module in ("testing", "verify"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_one_way(module):
+    if module in ("__init__", "testing", "verify"):
+        return
+    used = {own(name) for name in imports_of(module)} - {None, "__init__", module}
+    higher = [name for name in used if level_of(name) > level_of(module)]
+    assert not higher, f"{module} imports {higher}"
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    graph = {
+        module: {own(name) for name in imports_of(module)} - {None, module}
+        for module in MODULES
+    }
+    order = graphlib.TopologicalSorter(graph)
+    order.prepare()
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -94,3 +131,23 @@ print(json.dumps([sorted(roots), jax.device_count()]))
     assert not {"chex", "rich", "optax", "flax"} & set(roots)
     # The number of devices can be set only before a backend starts.
     assert devices == 3
+
+
+@pytest.mark.parametrize("name", ["softmax_cross_entropy", "linear_softmax"])
+def test_profiles_name_the_function_forward_and_backward(name):
+    """The names that a profile of a training step shows."""
+    function = {
+        "softmax_cross_entropy": xent_jax.softmax_cross_entropy_with_integer_labels,
+        "linear_softmax": functools.partial(
+            xent_jax.linear_softmax_cross_entropy, kernel=jnp.ones((4, 6))
+        ),
+    }[name]
+
+    def mean(x):
+        return function(x, labels=jnp.zeros(3, jnp.int32)).mean()
+
+    compiled = jax.jit(jax.value_and_grad(mean)).lower(jnp.ones((3, 4))).compile()
+    names = set(re.findall(r'op_name="([^"]*)"', compiled.as_text()))
+    inside = [text for text in names if name in text]
+    assert [text for text in inside if "transpose" in text]
+    assert [text for text in inside if "transpose" not in text]

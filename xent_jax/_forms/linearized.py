@@ -45,7 +45,7 @@ def _results(
 ) -> tuple[Block, Results, jax.Array]:
     """Returns the block, its results, and Σ t_j (largest − x_j)."""
     block = Block(logits, class_ids(logits, classes.axis, 0))
-    kind = DenseTargets(classes)
+    kind = DenseTargets(classes, differentiated=True)
     sums = kind.sums(block, targets)
     return block, kind.results(sums, targets, None), sums.distance
 

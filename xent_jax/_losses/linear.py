@@ -14,6 +14,7 @@ from xent_jax._losses.linear_forms import linear_loss
 from xent_jax._reductions.axis import AxisName
 
 
+@jax.named_scope("linear_softmax_cross_entropy")
 def linear_softmax_cross_entropy(
     hidden: ArrayLike,
     kernel: ArrayLike,

@@ -32,6 +32,7 @@ class SoftmaxStatistics(NamedTuple):
     prediction: jax.Array
 
 
+@jax.named_scope("linear_softmax_statistics")
 def linear_softmax_statistics(
     hidden: ArrayLike,
     kernel: ArrayLike,

@@ -11,6 +11,7 @@ from xent_jax._reductions.axis import AxisName, psum
 from xent_jax._reductions.precision import accumulation_dtype
 
 
+@jax.named_scope("weighted_mean")
 def weighted_mean(
     values: ArrayLike,
     weights: ArrayLike | None = None,

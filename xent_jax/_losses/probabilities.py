@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from xent_jax._arguments import arrays, checks, placement
 from xent_jax._arguments.arrays import Axis
+from xent_jax._reductions.classes import unfused
 from xent_jax._reductions.lowering import on_one_device
 from xent_jax._reductions.precision import accumulation_dtype, nan_where, scaled
 from xent_jax._targets.block import (
@@ -24,6 +25,7 @@ from xent_jax._targets.block import (
 )
 
 
+@jax.named_scope("nll_loss")
 def nll_loss(
     log_probs: ArrayLike,
     labels: ArrayLike,
@@ -79,6 +81,7 @@ def nll_loss(
     return layout.squeeze(_surprise(layout.axis, block, ids))
 
 
+@jax.named_scope("categorical_cross_entropy")
 def categorical_cross_entropy(
     probs: ArrayLike,
     labels: ArrayLike,
@@ -146,6 +149,7 @@ def categorical_cross_entropy(
     return layout.squeeze(zero_in_dropped_rows(loss, keep.rows))
 
 
+@jax.named_scope("binary_cross_entropy")
 def binary_cross_entropy(
     probs: ArrayLike,
     labels: ArrayLike,
@@ -242,7 +246,7 @@ def _surprise(axis: int, block: Block, ids: jax.Array) -> jax.Array:
         picked = block_at(axis, block, jnp.maximum(ids, 0))
         return of(ids, values_of(picked), picked.class_weights)
 
-    loss = on_one_device(by_mask, by_gather)(block, ids)
+    loss = unfused(on_one_device(by_mask, by_gather)(block, ids))
     return zero_in_dropped_rows(loss, block.keep_row)
 
 

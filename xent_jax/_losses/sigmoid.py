@@ -11,10 +11,12 @@ from jax.typing import ArrayLike
 
 from xent_jax._arguments import arrays, checks, placement
 from xent_jax._reductions.classes import unfused
+from xent_jax._reductions.lowering import on_one_device
 from xent_jax._reductions.precision import accumulation_dtype, scaled
 from xent_jax._reductions.tangents import unless_zero
 
 
+@jax.named_scope("sigmoid_binary_cross_entropy")
 def sigmoid_binary_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -86,7 +88,7 @@ def sigmoid_binary_cross_entropy(
     if smoothing is not None:
         targets = (1 - smoothing) * targets + smoothing / 2
     weight = None if pos_weight is None else _read_pos_weight(pos_weight, array)
-    return _binary_terms(array, targets, weight, keep)
+    return _binary_terms(False, array, targets, weight, keep)
 
 
 def _read_pos_weight(pos_weight: ArrayLike, logits: jax.Array) -> jax.Array:
@@ -135,12 +137,22 @@ def _kept(values: jax.Array, keep: jax.Array | None) -> jax.Array:
     return values if keep is None else jnp.where(keep, values, 0)
 
 
-@jax.custom_jvp
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _binary_terms(
+    differentiated: bool,
     logits: jax.Array,
     targets: jax.Array,
     weight: jax.Array | None,
     keep: jax.Array | None,
+) -> jax.Array:
+    if differentiated or keep is not None:
+        return _terms(logits, targets, weight, keep)
+    choose = on_one_device(functools.partial(_terms, keep=None), _arithmetic_terms)
+    return choose(logits, targets, weight)
+
+
+def _terms(
+    logits: jax.Array, targets: jax.Array, weight: jax.Array | None, keep: Any
 ) -> jax.Array:
     parts = _parts(logits, targets, weight, keep)
     losing = jnp.where(parts.ahead, parts.negative, parts.positive)
@@ -149,13 +161,38 @@ def _binary_terms(
     return _kept(unfused(total * jnp.log1p(parts.small) + linear), keep)
 
 
+def _arithmetic_terms(
+    logits: jax.Array, targets: jax.Array, weight: jax.Array | None
+) -> jax.Array:
+    """Returns the same without a select.
+
+    XLA:CPU then takes the loss as a whole into its library routine for the sum or mean
+    that follows, and writes it nowhere. The gradient has other uses for its parts.
+    """
+    values = logits.astype(targets.dtype)
+    positive = targets if weight is None else weight * targets
+    negative = 1 - targets
+    small = jnp.exp(jnp.minimum(values, -values))
+    linear = _product(negative, jnp.maximum(values, 0))
+    linear = linear + _product(positive, jnp.maximum(-values, 0))
+    return (positive + negative) * jnp.log1p(small) + linear
+
+
+def _product(factor: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns the product with non-negative values, 0 where a factor of 0 meets inf."""
+    large = jnp.finfo(values.dtype).max
+    # 0 for a factor of 0, and inf for every other.
+    cap = jnp.minimum(jnp.abs(factor) * large, large) * large
+    return factor * jnp.minimum(values, cap)
+
+
 @functools.partial(_binary_terms.defjvp, symbolic_zeros=True)
 def _binary_terms_jvp(
-    primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    differentiated: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
     dots = [unless_zero(tangent) for tangent in tangents]
     rule = jax.checkpoint(_binary_terms_dot, prevent_cse=False)
-    return _binary_terms(*primals), rule(*primals, *dots[:3])
+    return _binary_terms(True, *primals), rule(*primals, *dots[:3])
 
 
 def _binary_terms_dot(

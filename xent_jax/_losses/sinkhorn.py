@@ -19,6 +19,7 @@ from xent_jax._targets.dense import DenseTargets
 from xent_jax._targets.sinkhorn import Problem
 
 
+@jax.named_scope("sinkhorn_targets")
 def sinkhorn_targets(
     scores: ArrayLike,
     *,
@@ -117,6 +118,7 @@ def sinkhorn_targets(
     )
 
 
+@jax.named_scope("sinkhorn_cross_entropy")
 def sinkhorn_cross_entropy(
     logits: ArrayLike,
     scores: ArrayLike,

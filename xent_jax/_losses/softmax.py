@@ -17,6 +17,7 @@ from xent_jax._targets.class_ids import ClassIds, Coefficients, combined
 from xent_jax._targets.dense import DenseTargets
 
 
+@jax.named_scope("softmax_cross_entropy")
 def softmax_cross_entropy(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -122,6 +123,7 @@ def softmax_cross_entropy(
     return layout.squeeze(loss)
 
 
+@jax.named_scope("softmax_cross_entropy_with_integer_labels")
 def softmax_cross_entropy_with_integer_labels(
     logits: ArrayLike,
     labels: ArrayLike,
@@ -231,6 +233,7 @@ def softmax_cross_entropy_with_integer_labels(
     return layout.squeeze(combined(results, coefficients))
 
 
+@jax.named_scope("linearized_softmax_cross_entropy")
 def linearized_softmax_cross_entropy(
     logits: ArrayLike, labels: ArrayLike, axis: Axis = -1
 ) -> jax.Array:

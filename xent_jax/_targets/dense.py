@@ -5,7 +5,8 @@ max, and the loss is Σ t_j (m − x_j) + T·log1p(r), T the sum of the targets:
 non-negative terms for non-negative targets, of any sum.
 """
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,12 @@ from xent_jax._targets.block import (
 class Sums(NamedTuple):
     """Per row, of size 1 along the class axis."""
 
-    largest: jax.Array  # the largest logit; the pivot of the other sums
+    largest: jax.Array | None  # the largest logit; the pivot of the other sums
     distance: jax.Array  # Σ t_j (pivot − x_j)
-    rest: jax.Array  # Σ t_j without the targets of the largest logits
+    total: jax.Array  # Σ t_j
     below: jax.Array  # Σ_{x_j<pivot} exp(x_j − pivot)
     ties: jax.Array  # how many classes have the largest logit
-    total: jax.Array  # Σ t_j
+    rest: jax.Array | None  # Σ t_j without the targets of the largest logits
 
 
 class TargetStatistics(NamedTuple):
@@ -39,7 +40,7 @@ class TargetStatistics(NamedTuple):
     ties: jax.Array
     excess: jax.Array  # r: Σ exp(x_j − largest) − 1
     total: jax.Array  # T
-    rest: jax.Array
+    rest: jax.Array | None
 
 
 class Results(NamedTuple):
@@ -72,33 +73,20 @@ class DenseTargets(NamedTuple):
 
     def sums(self, block: Block, targets: jax.Array) -> Sums:
         """Returns the sums over one block of classes."""
-        axis, reused = self.classes.axis, self.differentiated
+        axis = self.classes.axis
         targets = zero_where_dropped(targets, block)
-        largest = max_classes(values_of, (block,), axis, reused=reused)
-
-        # Logits are compared, not their distances from the largest, which XLA may round
-        # in other ways for other sums. Two comparisons, not one and its complement,
-        # because XLA:GPU would write the mask that two sums share to memory.
-        def terms(block: Block, targets: jax.Array, pivot: jax.Array) -> Any:
-            values = values_of(block)
-            return (
-                # First, as the one sum that the gradient does without: on a CPU it then
-                # has read the logits before the gradient takes their memory. In pairs
-                # that read the same.
-                # 0·inf is never formed: a class without a target adds nothing.
-                targets * jnp.where(targets == 0, 0, pivot - values),
-                jnp.where(values >= pivot, 0, targets),
-                jnp.where(values >= pivot, 0, jnp.exp(values - pivot)),
-                jnp.where(values < pivot, 0, jnp.ones_like(values)),
-                targets,
-            )
+        largest = max_classes(values_of, (block,), axis, reused=self.differentiated)
 
         # Classes that are all impossible are far below, and none of them is a largest.
         pivot = jnp.where(largest == -jnp.inf, 0, largest)
+        terms = functools.partial(_terms, self.differentiated)
         sums = reduce_classes(
-            SUM._replace(reused=reused), terms, (block, targets, pivot), axis
+            SUM._replace(reused=self.differentiated),
+            terms,
+            (block, targets, pivot),
+            axis,
         )
-        return Sums(largest, *sums)
+        return sums._replace(largest=largest)
 
     def merged(self, left: Sums, right: Sums) -> Sums:
         """Returns the sums of two blocks together."""
@@ -149,8 +137,9 @@ class DenseTargets(NamedTuple):
         scale = 1 / (1 + row.excess)
         plain = row.total * (jnp.exp(values - row.largest) * scale) - targets
         wins = row.excess < 0.125
-        base = row.rest - row.total * (row.excess * scale)
-        base = jnp.where(wins, base, row.rest)
+        rest = 0 if row.rest is None else row.rest
+        base = rest - row.total * (row.excess * scale)
+        base = jnp.where(wins, base, rest)
         factor = jnp.where(wins, 0, row.excess)
         at_top = (base - targets * factor) * jnp.where(wins, 1, scale)
         top = jnp.where(row.ties == 1, row.largest, jnp.inf)
@@ -209,9 +198,33 @@ class DenseTargets(NamedTuple):
         )
 
 
+# Logits are compared, not their distances from the largest, which XLA may round in
+# other ways for other sums. Two comparisons, not one and its complement, because
+# XLA:GPU would write the mask that two sums share to memory.
+def _terms(
+    differentiated: bool, block: Block, targets: jax.Array, pivot: jax.Array
+) -> Sums:
+    """Returns what is summed: in pairs that read the same.
+
+    The distance comes first, as the one sum that the gradient does without: on a CPU it
+    then has read the logits before the gradient takes their memory. The rest is what
+    the gradient alone is made of.
+    """
+    values = values_of(block)
+    return Sums(
+        largest=None,
+        # 0·inf is never formed: a class without a target adds nothing.
+        distance=targets * jnp.where(targets == 0, 0, pivot - values),
+        rest=jnp.where(values >= pivot, 0, targets) if differentiated else None,
+        below=jnp.where(values >= pivot, 0, jnp.exp(values - pivot)),
+        ties=jnp.where(values < pivot, 0, jnp.ones_like(values)),
+        total=targets,
+    )
+
+
 def _relative_to(largest: jax.Array, sums: Sums) -> Sums:
     """Returns the sums relative to a larger logit."""
-    own = sums.largest
+    own, rest = sums.largest, sums.rest
     lower = own < largest
     pivot = jnp.where(own == -jnp.inf, 0, own)
     rise = jnp.where(lower, largest - pivot, 0)
@@ -219,7 +232,7 @@ def _relative_to(largest: jax.Array, sums: Sums) -> Sums:
     return Sums(
         largest=largest,
         distance=sums.distance + sums.total * rise,
-        rest=jnp.where(lower, sums.total, sums.rest),
+        rest=None if rest is None else jnp.where(lower, sums.total, rest),
         below=factor * (sums.below + jnp.where(lower, sums.ties, 0)),
         ties=jnp.where(lower, 0, sums.ties),
         total=sums.total,
