@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from xent_jax._arguments import checks, linear
+from xent_jax._arguments import checks
 from xent_jax._arguments.arrays import unwrapped_ids
 from xent_jax._arguments.placement import resharded
+from xent_jax._forms import head_arguments
 from xent_jax._reductions.axis import AxisName
 
 # By the axes that an argument has.
@@ -160,6 +161,6 @@ def _check(function: str, arguments: dict[str, Any]) -> None:
     rest = {name: value for name, value in read.items() if name not in shapes}
 
     def check(**arrays: Any) -> None:
-        linear.read_head(function, **arrays, **rest)
+        head_arguments.read_head(function, **arrays, **rest)
 
     jax.eval_shape(check, **shapes)

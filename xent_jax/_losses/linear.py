@@ -8,8 +8,7 @@ from typing import Literal
 import jax
 from jax.typing import ArrayLike
 
-from xent_jax._arguments import linear
-from xent_jax._forms import meshes
+from xent_jax._forms import head_arguments, meshes
 from xent_jax._losses.linear_forms import linear_loss
 from xent_jax._reductions.axis import AxisName
 
@@ -173,7 +172,7 @@ def linear_softmax_cross_entropy(
       Gemma Team, *Gemma 2*, 2024, section 2 (softcap).
     """
     function = "linear_softmax_cross_entropy"
-    linear.check_reduction(function, reduction)
+    head_arguments.check_reduction(function, reduction)
     arguments = {
         "hidden": hidden,
         "kernel": kernel,

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax._arguments import arrays, checks, linear
-from xent_jax._arguments.linear import Head
+from xent_jax._arguments import arrays, checks
+from xent_jax._forms import head_arguments
 from xent_jax._forms.class_blocks import ClassBlocks
 from xent_jax._forms.head import class_total
+from xent_jax._forms.head_arguments import Head
 from xent_jax._forms.row_blocks import RowBlocks, linear_loss_sum
 from xent_jax._forms.rows import row_results
 from xent_jax._forms.sizes import classes_per_block, rows_per_block
@@ -42,27 +43,27 @@ def linear_loss(
     _check_batch_axis(
         function, reduction, batch_axis_name, arguments["class_axis_name"]
     )
-    head = linear.read_head(function, **arguments)
+    head = head_arguments.read_head(function, **arguments)
     label_weights = _label_weights(head)
     coefficients = _coefficients(function, head, label_weights, label_smoothing, z_loss)
     uniform = coefficients.uniform is not None
     row_block, class_block = blocks
     if reduction is None:
         expected = "be None with reduction=None, which is blocked by class_block"
-        linear.refuse_block(function, "row_block", row_block, expected)
+        head_arguments.refuse_block(function, "row_block", row_block, expected)
         kind = ClassIds(head.classes, uniform)
         form = class_blocks_form(function, head, class_block, kind)
         results = row_results(form, head.rows, head.layer)
         return combined(results, coefficients).reshape(head.batch_shape)
     expected = f"be None with reduction={reduction!r}, which is blocked by row_block"
-    linear.refuse_block(function, "class_block", class_block, expected)
+    head_arguments.refuse_block(function, "class_block", class_block, expected)
     count, features = head.rows.hidden.shape
     dtype = accumulation_dtype(head.rows.hidden.dtype)
     classes = head.layer.kernel.shape[1]
     default = rows_per_block(count, features, classes, dtype.itemsize)
     form = RowBlocks(
         ClassIds(head.classes, uniform),
-        linear.read_block(function, "row_block", row_block, default, count),
+        head_arguments.read_block(function, "row_block", row_block, default, count),
         skip=arguments["where"] is not None and head.classes.axis_name is None,
     )
     ones = jnp.ones((count, 1), dtype)
@@ -89,7 +90,9 @@ def class_blocks_form(
     count, classes = head.rows.hidden.shape[0], head.layer.kernel.shape[1]
     itemsize = accumulation_dtype(head.rows.hidden.dtype).itemsize
     default = classes_per_block(count, classes, itemsize)
-    size = linear.read_block(function, "class_block", class_block, default, classes)
+    size = head_arguments.read_block(
+        function, "class_block", class_block, default, classes
+    )
     return ClassBlocks(kind, size)
 
 

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.typing import ArrayLike
 
-from xent_jax._arguments import linear
-from xent_jax._forms import meshes
+from xent_jax._forms import head_arguments, meshes
 from xent_jax._forms.rows import row_results
 from xent_jax._losses.linear_forms import class_blocks_form
 from xent_jax._reductions.axis import AxisName
@@ -122,7 +121,7 @@ def linear_softmax_statistics(
 def _statistics(
     function: str, class_block: int | None, **arguments: Any
 ) -> SoftmaxStatistics:
-    head = linear.read_head(function, **arguments)
+    head = head_arguments.read_head(function, **arguments)
     kind = ClassIds(head.classes, entropy=True, prediction=True)
     form = class_blocks_form(function, head, class_block, kind)
     results = row_results(form, head.rows, head.layer)

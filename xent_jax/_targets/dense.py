@@ -25,12 +25,12 @@ from xent_jax._targets.block import (
 class Sums(NamedTuple):
     """Per row, of size 1 along the class axis."""
 
-    largest: jax.Array | None  # the largest logit; the pivot of the other sums
+    largest: jax.Array  # the largest logit; the pivot of the other sums
     distance: jax.Array  # Σ t_j (pivot − x_j)
     total: jax.Array  # Σ t_j
     below: jax.Array  # Σ_{x_j<pivot} exp(x_j − pivot)
     ties: jax.Array  # how many classes have the largest logit
-    rest: jax.Array | None  # Σ t_j without the targets of the largest logits
+    rest: jax.Array | None = None  # Σ t_j without the targets of the largest logits
 
 
 class TargetStatistics(NamedTuple):
@@ -86,7 +86,7 @@ class DenseTargets(NamedTuple):
             (block, targets, pivot),
             axis,
         )
-        return sums._replace(largest=largest)
+        return Sums(largest, *sums)
 
     def merged(self, left: Sums, right: Sums) -> Sums:
         """Returns the sums of two blocks together."""
@@ -203,23 +203,21 @@ class DenseTargets(NamedTuple):
 # XLA:GPU would write the mask that two sums share to memory.
 def _terms(
     differentiated: bool, block: Block, targets: jax.Array, pivot: jax.Array
-) -> Sums:
-    """Returns what is summed: in pairs that read the same.
+) -> tuple[jax.Array, ...]:
+    """Returns what is summed, in the order of `Sums`: in pairs that read the same.
 
-    The distance comes first, as the one sum that the gradient does without: on a CPU it
-    then has read the logits before the gradient takes their memory. The rest is what
-    the gradient alone is made of.
+    The distance comes first, as a sum that the gradient does without: on a CPU it then
+    has read the logits before the gradient takes their memory.
     """
     values = values_of(block)
-    return Sums(
-        largest=None,
-        # 0·inf is never formed: a class without a target adds nothing.
-        distance=targets * jnp.where(targets == 0, 0, pivot - values),
-        rest=jnp.where(values >= pivot, 0, targets) if differentiated else None,
-        below=jnp.where(values >= pivot, 0, jnp.exp(values - pivot)),
-        ties=jnp.where(values < pivot, 0, jnp.ones_like(values)),
-        total=targets,
-    )
+    # 0·inf is never formed: a class without a target adds nothing.
+    distance = targets * jnp.where(targets == 0, 0, pivot - values)
+    below = jnp.where(values >= pivot, 0, jnp.exp(values - pivot))
+    ties = jnp.where(values < pivot, 0, jnp.ones_like(values))
+    if not differentiated:
+        return distance, targets, below, ties
+    rest = jnp.where(values >= pivot, 0, targets)  # for the gradient alone
+    return distance, targets, below, ties, rest
 
 
 def _relative_to(largest: jax.Array, sums: Sums) -> Sums:
