@@ -164,7 +164,7 @@ class ClassIds(NamedTuple):
         row, values = results.statistics, values_of(block)
         hit = block.class_ids == labels
         # The label's own exponential may overflow: its slope is made of numbers a row.
-        rival = jnp.exp(jnp.where(hit, row.pivot, values) - row.pivot)
+        rival = jnp.exp(jnp.where(hit, 0, values - row.pivot))
         rival = rival * row.rival_scale
         softmax = jnp.where(hit, row.label_mass, rival)
         uniform = entropy = None
