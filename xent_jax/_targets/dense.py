@@ -40,7 +40,7 @@ class TargetStatistics(NamedTuple):
     ties: jax.Array
     excess: jax.Array  # r: Σ exp(x_j − largest) − 1
     total: jax.Array  # T
-    rest: jax.Array | None
+    rest: jax.Array  # T without the targets of the largest logits
 
 
 class Results(NamedTuple):
@@ -111,6 +111,8 @@ class DenseTargets(NamedTuple):
         ties = nan_where(~jnp.isfinite(sums.largest), sums.ties)
         excess = sums.below + (ties - 1)
         log_mass = jnp.log1p(excess)
+        # What is not differentiated has no use for it, but has the same results.
+        rest = jnp.zeros_like(sums.total) if sums.rest is None else sums.rest
         loss, log_normalizer = (
             zero_in_dropped_rows(numbers, keep_row)
             for numbers in (
@@ -121,7 +123,7 @@ class DenseTargets(NamedTuple):
         return Results(
             loss,
             log_normalizer,
-            TargetStatistics(sums.largest, ties, excess, sums.total, sums.rest),
+            TargetStatistics(sums.largest, ties, excess, sums.total, rest),
         )
 
     def slope(self, block: Block, targets: jax.Array, results: Results) -> jax.Array:
@@ -137,9 +139,8 @@ class DenseTargets(NamedTuple):
         scale = 1 / (1 + row.excess)
         plain = row.total * (jnp.exp(values - row.largest) * scale) - targets
         wins = row.excess < 0.125
-        rest = 0 if row.rest is None else row.rest
-        base = rest - row.total * (row.excess * scale)
-        base = jnp.where(wins, base, rest)
+        base = row.rest - row.total * (row.excess * scale)
+        base = jnp.where(wins, base, row.rest)
         factor = jnp.where(wins, 0, row.excess)
         at_top = (base - targets * factor) * jnp.where(wins, 1, scale)
         top = jnp.where(row.ties == 1, row.largest, jnp.inf)
