@@ -51,8 +51,10 @@ def _results(form: ClassBlocks, rows: Rows, layer: Layer) -> Results:
     kind = form.kind
     kept = rows._replace(hidden=kept_hidden(rows))
 
+    first = kind.classes.first(layer.kernel.shape[1])
+
     def sums_of(index: jax.Array) -> Sums:
-        block, labels = _block(form, kept, layer, index)[:2]
+        block, labels = _block(form, kept, layer, first, index)[:2]
         return kind.sums(block, labels)
 
     def step(total: Sums, index: jax.Array) -> tuple[Sums, None]:
@@ -89,10 +91,17 @@ class _Made(NamedTuple):
     linear: jax.Array  # the product with the kernel
 
 
-def _block(form: ClassBlocks, rows: Rows, layer: Layer, index: jax.Array) -> _Made:
+def _block(
+    form: ClassBlocks,
+    rows: Rows,
+    layer: Layer,
+    first: jax.Array | int,
+    index: jax.Array,
+) -> _Made:
     """Returns a block of classes with its logits, of rows that are 0 where dropped.
 
     The last block overlaps the one before it, whose classes it does not count again.
+    `first` is the id of the first class here, which a loop must not ask the mesh for.
     """
     classes, size = layer.kernel.shape[1], form.size
     start = jnp.minimum(index * size, classes - size)
@@ -106,7 +115,6 @@ def _block(form: ClassBlocks, rows: Rows, layer: Layer, index: jax.Array) -> _Ma
     )
     linear = product(rows.hidden, part.kernel.astype(rows.hidden.dtype))
     logits = capped(linear, part.bias, part.softcap)
-    first = form.kind.classes.first(classes)
     ids = first + start + jnp.arange(size, dtype=jnp.int32)[None]
     mask, labels = part.class_mask, rows.labels
     if classes % size:
@@ -135,9 +143,11 @@ def _tangents(
         lambda array: varying(array, arguments), arguments
     )
 
+    first = form.kind.classes.first(layer.kernel.shape[1])
+
     def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
         total, dots = carry
-        made = _block(form, rows, layer, index)
+        made = _block(form, rows, layer, first, index)
         take = functools.partial(_slice, form, made.start)
         hidden_dot, layer_dot = dots
         part_dot = Layer(

@@ -68,11 +68,12 @@ def _value(
     form: RowBlocks, rows: Rows, layer: Layer, coefficients: Coefficients
 ) -> jax.Array:
     kernel = layer.kernel.astype(rows.hidden.dtype)
+    first = form.kind.classes.first(kernel.shape[1])
 
     def step(total: jax.Array, block: _Block) -> tuple[jax.Array, None]:
         linear = product(block.rows.hidden, kernel)
         logits = capped(linear, layer.bias, layer.softcap)
-        given, labels = _logits_block(form, logits, layer, block.rows)
+        given, labels = _logits_block(first, logits, layer, block.rows)
         results = row_results(Given(form.kind), given, labels)
         return total + _total(results, block.coefficients), None
 
@@ -97,10 +98,12 @@ def _total(results: Results, coefficients: Coefficients) -> jax.Array:
 
 
 def _logits_block(
-    form: RowBlocks, logits: jax.Array, layer: Layer, rows: Rows
+    first: jax.Array | int, logits: jax.Array, layer: Layer, rows: Rows
 ) -> tuple[Block, jax.Array]:
-    """Returns a block of rows with its logits, and their labels."""
-    first = form.kind.classes.first(logits.shape[-1])
+    """Returns a block of rows with its logits, and their labels.
+
+    `first` is the id of the first class here, which a loop must not ask the mesh for.
+    """
     ids = class_ids(logits, -1, first)
     mask, weights = layer.class_mask, layer.class_weights
     return Block(logits, ids, mask, rows.keep, weights), rows.labels
@@ -208,13 +211,14 @@ def _scan(
     rows = rows._replace(hidden=hidden)
     dtype = accumulation_dtype(rows.hidden.dtype)
     kernel = layer.kernel.astype(rows.hidden.dtype)
+    first = form.kind.classes.first(kernel.shape[1])
 
     def step(carry: Any, block: _Block) -> tuple[Any, Any]:
         total, kernel_bar, small_bar = carry
         hidden = block.rows.hidden
         linear = product(hidden, kernel)
         loss, linear_bar, small, coefficients_bar = _block_gradients(
-            form, layer, block.rows, linear, block.coefficients
+            form, first, layer, block.rows, linear, block.coefficients
         )
         # As the matmuls take it: in 16 bits where the features are.
         linear_bar = linear_bar.astype(hidden.dtype)
@@ -257,6 +261,7 @@ def _scan(
 
 def _block_gradients(
     form: RowBlocks,
+    first: jax.Array | int,
     layer: Layer,
     rows: Rows,
     linear: jax.Array,
@@ -268,7 +273,7 @@ def _block_gradients(
     transposed.
     """
     logits, pull_logits = jax.vjp(capped, linear, layer.bias, layer.softcap)
-    block, labels = _logits_block(form, logits, layer, rows)
+    block, labels = _logits_block(first, logits, layer, rows)
     results = row_results(Given(form.kind).differentiated(), block, labels)
     # Of what a loss is composed of: numbers, and not the statistics behind them.
     outer = results._replace(statistics=None, prediction=None, total_weight=None)
