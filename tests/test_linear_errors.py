@@ -52,6 +52,7 @@ VALUES = [
      "got 1e+39."),
     ({"softcap": 1e-40}, "softcap must lie in (0, inf) as a normal number of float32, "
      "got 1e-40."),
+    ({"softcap": 1e-36}, "softcap must be at least 9.9e-32 for float32, got 1e-36."),
     ({"softcap": jnp.ones(5)}, "softcap must be a scalar, got shape (5,)."),
     ({"class_block": 0}, "class_block must be at least 1, got 0."),
     ({"class_block": -1}, "class_block must be at least 1, got -1."),

@@ -84,15 +84,16 @@ def _softcapped_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     # In closed form: the chain rule goes by way of 1 / softcap, which underflows for a
     # large one, and of logits / softcap², which overflows for a small one.
-    ratio = _ratio(*primals)
-    slope = 1 - jnp.square(jnp.tanh(ratio))
+    # The slope is made of the result, which is kept anyway.
+    value = _softcapped(*primals)
+    slope = 1 - jnp.square(_quotient(value, primals[1]))
     logits_dot, softcap_dot = map(unless_zero, tangents)
-    change = jnp.zeros_like(ratio)
+    change = jnp.zeros_like(value)
     if logits_dot is not None:
         change += slope * logits_dot
     if softcap_dot is not None:
-        change += _slope_by_softcap(ratio, slope) * softcap_dot
-    return _softcapped(*primals), change
+        change += _slope_by_softcap(_ratio(*primals), slope) * softcap_dot
+    return value, change
 
 
 def _slope_by_softcap(ratio: jax.Array, slope: jax.Array) -> jax.Array:

@@ -133,9 +133,13 @@ def _read_softcap(
 ) -> jax.Array | None:
     if softcap is None:
         return None
-    return jnp.asarray(
-        checks.read_number(function, "softcap", softcap, dtype, inside=True)
-    )
+    number = checks.read_number(function, "softcap", softcap, dtype, inside=True)
+    # Below it capped logits would not be normal numbers.
+    lowest = float(jnp.finfo(dtype).tiny / jnp.finfo(dtype).eps)
+    if not isinstance(number, jax.Array) and number < lowest:
+        expected = f"be at least {lowest:.2g} for {dtype}"
+        checks.fail(ValueError, function, "softcap", expected, repr(softcap))
+    return jnp.asarray(number)
 
 
 def check_reduction(function: str, reduction: str | None) -> None:
