@@ -71,6 +71,23 @@ def test_equals_the_formula_as_it_is_written(kind, epsilon, num_iters, rng):
     assert total_variation(reference, truth) <= 1e-13
 
 
+@pytest.mark.parametrize("epsilon", [1e-4, 1e-6, 1e-8, 1e-10, 1e-20, 2e-38])
+def test_an_epsilon_far_below_the_scores_rounding(epsilon, rng):
+    """Where a difference of scores is huge in units of epsilon, and their ulp too."""
+    scores = rng.standard_normal((32, 8)).astype(np.float32)
+    targets = sinkhorn_targets(jnp.asarray(scores), epsilon=epsilon, num_iters=5)
+    np.testing.assert_allclose(np.sum(targets, -1), 1, rtol=1e-6)
+    gradient = jax.grad(
+        lambda s: jnp.sum(sinkhorn_targets(s, epsilon=epsilon)[:, 3] ** 2)
+    )(jnp.asarray(scores))
+    assert np.isfinite(gradient).all()
+    if epsilon >= 1e-8:
+        options = {"epsilon": np.float32(epsilon), "num_iters": 5}
+        assert (
+            total_variation(targets, oracle.sinkhorn_targets(scores, **options)) <= 2e-6
+        )
+
+
 def test_the_usual_forms_fail_where_this_one_does_not(rng):
     """exp overflows; the row's maximum subtracted before it changes the answer."""
     scores = draw("normal", 512, 128, rng).astype(np.float32)

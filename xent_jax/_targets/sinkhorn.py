@@ -173,7 +173,20 @@ def _powers(problem: Problem, potentials: Potentials, largest: jax.Array) -> jax
     coarse = (potentials.high + grid) - grid
     rest = (potentials.high - coarse) + potentials.low
     exact = coarse + ((largest + grid) - grid)
-    return _exponential((problem.scores - exact) - rest, problem.epsilon)
+    below = (problem.scores - exact) - rest
+    # Where the grid is coarse beside ε, the pivot that was rounded to it is not near.
+    far = grid * jnp.finfo(grid.dtype).eps > _FAR * _fixed(problem.epsilon)
+    pivot = jax.lax.cond(far, _row_maxima, _row_zeros, _fixed(below))
+    return _exponential(below - pivot, problem.epsilon)
+
+
+def _row_maxima(numbers: jax.Array) -> jax.Array:
+    return jnp.max(numbers, axis=-1, keepdims=True)
+
+
+def _row_zeros(numbers: jax.Array) -> jax.Array:
+    """Returns zeros that vary over mesh axes as maxima do."""
+    return jnp.where(numbers[:, :1] == 0, 0, jnp.zeros_like(numbers[:, :1]))
 
 
 def _reference(problem: Problem, potentials: Potentials) -> Reference:
