@@ -18,7 +18,7 @@ pytestmark = pytest.mark.once
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-OF_ROOT = ("README.md", "CHANGELOG.md")
+OF_ROOT = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
 PAGES = [*(ROOT / name for name in OF_ROOT), *sorted(DOCS.glob("*.md"))]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
