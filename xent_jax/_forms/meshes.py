@@ -35,6 +35,11 @@ class Placement(NamedTuple):
         """The mesh, an abstract one."""
         return jax.typeof(self.sharded).sharding.mesh
 
+    @property
+    def is_manual(self) -> bool:
+        """Whether the call is in a `jax.shard_map` over other axes of the mesh."""
+        return jax.sharding.AxisType.Manual in self.mesh.axis_types
+
     def spec(self, name: str) -> jax.P:
         """Returns how an argument is sharded."""
         if name == "hidden":
@@ -71,27 +76,28 @@ def placement_of(
         return None  # or an error that names the shape
     *rows, _ = specs["hidden"]
     placement = Placement(function, arrays[sharded[0]], tuple(rows), specs["kernel"][1])
-    manual = jax.sharding.AxisType.Manual in placement.mesh.axis_types
-    for argument, name in axis_names.items():
-        if not manual:
+    if not placement.is_manual:
+        for argument, name in axis_names.items():
             checks.check_axis_name(function, argument, name)  # which there is none of
     for argument in _OF_LOGITS:
-        expected, whole = None, placement.spec(argument)
-        if manual and argument in sharded:
-            expected = (
-                "not be sharded over Explicit axes inside a jax.shard_map of others"
-            )
-        elif specs[argument] != tuple(whole):
-            expected = (
-                "not be sharded over its features "
-                f"(jax.sharding.reshard({argument}, {whole}) gathers them)"
-            )
-        elif argument == "kernel" and set(_names(tuple(rows))) & set(_names(whole)):
-            expected = "be sharded over other mesh axes than the rows of hidden"
+        expected = _unlike(placement, argument, specs[argument])
         if expected is not None:
             got = jax.P(*specs[argument])
             checks.fail(ValueError, function, argument, expected, got)
     return placement
+
+
+def _unlike(placement: Placement, argument: str, spec: tuple[Any, ...]) -> str | None:
+    """Returns what `hidden` or `kernel` must be and is not, `None` if it is."""
+    whole = placement.spec(argument)
+    if placement.is_manual and any(map(_names, spec)):
+        return "not be sharded over Explicit axes inside a jax.shard_map of others"
+    if spec != tuple(whole):
+        gathered = f"jax.sharding.reshard({argument}, {whole}) gathers them"
+        return f"not be sharded over its features ({gathered})"
+    if argument == "kernel" and set(_names(placement.rows)) & set(_names(spec)):
+        return "be sharded over other mesh axes than the rows of hidden"
+    return None
 
 
 def _names(spec: Any) -> tuple[str, ...]:
@@ -124,19 +130,9 @@ def apply(
     if placement is None:
         return compute(**arguments, **axis_names)
     _check(function, arguments)
-    of_axes = (*_OF_LOGITS, *_OF_ROWS, *_OF_CLASSES)
-    unwrapped = {"labels": unwrapped_ids(arguments["labels"])}
-    arrays = {
-        name: resharded(
-            checks.as_real(function, name, value),
-            placement.spec(name),
-            placement.sharded,
-        )
-        for name, value in (arguments | unwrapped).items()
-        if isinstance(value, jax.Array) or (name in of_axes and value is not None)
-    }
+    arrays = _placed(placement, arguments)
     rest = {name: value for name, value in arguments.items() if name not in arrays}
-    if jax.sharding.AxisType.Manual in placement.mesh.axis_types:
+    if placement.is_manual:
         return compute(**arrays, **rest, **axis_names)
     names = {"class_axis_name": _names(placement.classes) or None}
     if total:
@@ -147,6 +143,21 @@ def apply(
         in_specs=({name: placement.spec(name) for name in arrays},),
         out_specs=jax.P() if total else jax.P(*placement.rows),
     )(arrays)
+
+
+def _placed(placement: Placement, arguments: dict[str, Any]) -> dict[str, jax.Array]:
+    """Returns the arguments that are arrays, where the rows and classes are."""
+    of_axes = (*_OF_LOGITS, *_OF_ROWS, *_OF_CLASSES)
+    unwrapped = {"labels": unwrapped_ids(arguments["labels"])}
+    return {
+        name: resharded(
+            checks.as_real(placement.function, name, value),
+            placement.spec(name),
+            placement.sharded,
+        )
+        for name, value in (arguments | unwrapped).items()
+        if isinstance(value, jax.Array) or (name in of_axes and value is not None)
+    }
 
 
 def _check(function: str, arguments: dict[str, Any]) -> None:
