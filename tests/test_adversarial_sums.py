@@ -62,7 +62,14 @@ def value_and_gradient(logits, ids):
 
 
 @pytest.mark.parametrize("classes", WIDTHS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        pytest.param("bfloat16", marks=pytest.mark.once),
+        pytest.param("float16", marks=pytest.mark.once),
+    ],
+)
 def test_the_loss_is_right_to_4_ulp(classes, dtype, rng):
     worst = {}
     for kind in KINDS:

@@ -15,6 +15,8 @@ import pytest
 
 import xent_jax
 
+pytestmark = pytest.mark.once
+
 PACKAGE = pathlib.Path(xent_jax.__file__).parent
 # Folders may import from earlier ones; within a folder nothing goes round in a circle.
 FOLDERS = [

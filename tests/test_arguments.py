@@ -11,6 +11,8 @@ from heads import LOSS, STATISTICS
 
 import xent_jax
 
+pytestmark = pytest.mark.once
+
 IDS_LOSS = xent_jax.softmax_cross_entropy_with_integer_labels
 SIGMOID = xent_jax.sigmoid_binary_cross_entropy
 LOGITS = np.array([[0.3, -1.0, 2.0]] * 2, np.float32)

@@ -9,6 +9,8 @@ import pytest
 
 import xent_jax
 
+pytestmark = pytest.mark.once
+
 INTEGER = "softmax_cross_entropy_with_integer_labels"
 DENSE = "softmax_cross_entropy"
 SIGMOID = "sigmoid_binary_cross_entropy"

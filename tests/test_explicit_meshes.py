@@ -99,6 +99,7 @@ def test_jitted_is_unsharded(case, how, where, mesh):
     check(case, mesh, how, arrays, computed)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("case", "where"),
     [

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from heads import LOSS, STATISTICS
 
+pytestmark = pytest.mark.once
+
 HIDDEN = np.zeros((2, 3, 4), np.float32)
 KERNEL = np.zeros((4, 5), np.float32)
 LABELS = np.zeros((2, 3), np.int32)
