@@ -6,6 +6,8 @@ import numpy as np
 import oracle
 import pytest
 from heads import (
+
+pytestmark = pytest.mark.once
     FORMS,
     LOSS,
     OF_STATISTICS,

@@ -72,7 +72,9 @@ class Split:
         return jax.grad(total)(moving)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    "check_vma", [True, pytest.param(False, marks=pytest.mark.once)]
+)
 @pytest.mark.parametrize("manual", [(DATA,), (VOCAB,), (DATA, VOCAB)], ids="-".join)
 @every_case
 def test_is_unsharded(case, manual, check_vma):

@@ -176,17 +176,17 @@ def _powers(problem: Problem, potentials: Potentials, largest: jax.Array) -> jax
     below = (problem.scores - exact) - rest
     # Where the grid is coarse beside ε, the pivot that was rounded to it is not near.
     far = grid * jnp.finfo(grid.dtype).eps > _FAR * _fixed(problem.epsilon)
-    pivot = jax.lax.cond(far, _row_maxima, _row_zeros, _fixed(below))
+    pivot = jax.lax.cond(far, _row_maxima, _row_zeros, _fixed(below), _fixed(largest))
     return _exponential(below - pivot, problem.epsilon)
 
 
-def _row_maxima(numbers: jax.Array) -> jax.Array:
+def _row_maxima(numbers: jax.Array, _: jax.Array) -> jax.Array:
     return jnp.max(numbers, axis=-1, keepdims=True)
 
 
-def _row_zeros(numbers: jax.Array) -> jax.Array:
-    """Returns zeros that vary over mesh axes as maxima do."""
-    return jnp.where(numbers[:, :1] == 0, 0, jnp.zeros_like(numbers[:, :1]))
+def _row_zeros(_: jax.Array, largest: jax.Array) -> jax.Array:
+    """Returns zeros that are sharded, and vary over mesh axes, as maxima do."""
+    return jnp.where(largest == 0, 0, jnp.zeros_like(largest))
 
 
 def _reference(problem: Problem, potentials: Potentials) -> Reference:
