@@ -6,8 +6,6 @@ import numpy as np
 import oracle
 import pytest
 from heads import (
-
-pytestmark = pytest.mark.once
     FORMS,
     LOSS,
     OF_STATISTICS,
@@ -20,6 +18,8 @@ pytestmark = pytest.mark.once
     cast,
     head_inputs,
 )
+
+pytestmark = pytest.mark.once
 
 # Blocks that divide neither the rows nor the classes, so that the last is ragged.
 BLOCKS = {

@@ -6,8 +6,6 @@ import numpy as np
 import oracle
 import pytest
 from heads import (
-
-pytestmark = pytest.mark.once
     FORMS,
     LOSS,
     OPTIONS,
@@ -18,6 +16,8 @@ pytestmark = pytest.mark.once
     head_inputs,
     value_and_gradients,
 )
+
+pytestmark = pytest.mark.once
 
 INF, NAN = np.inf, np.nan
 BLOCKS = {None: {"class_block": 3}, "mean": {"row_block": 2}, "sum": {"row_block": 2}}
