@@ -88,14 +88,6 @@ class DenseTargets(NamedTuple):
         )
         return Sums(largest, *sums)
 
-    def merged(self, left: Sums, right: Sums) -> Sums:
-        """Returns the sums of two blocks together."""
-        largest = jnp.maximum(left.largest, right.largest)
-        added = jax.tree.map(
-            jnp.add, _relative_to(largest, left), _relative_to(largest, right)
-        )
-        return added._replace(largest=largest)
-
     def over_shards(self, sums: Sums) -> Sums:
         """Returns the sums over all shards' classes from those of each."""
         if self.classes.axis_name is None:

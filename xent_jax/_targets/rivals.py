@@ -109,10 +109,8 @@ def _label_logit(axis: int, block: Block, labels: jax.Array) -> jax.Array:
     """
 
     def by_mask(block: Block, labels: jax.Array) -> jax.Array:
-        def term(block: Block, labels: jax.Array) -> jax.Array:
-            return jnp.where(block.class_ids == labels, values_of(block), 0)
-
-        return jnp.sum(term(block, labels), axis=axis, keepdims=True)
+        own = jnp.where(block.class_ids == labels, values_of(block), 0)
+        return jnp.sum(own, axis=axis, keepdims=True)
 
     def by_gather(block: Block, labels: jax.Array) -> jax.Array:
         here, ids = _places(block.class_ids, labels)
