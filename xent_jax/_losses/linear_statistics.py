@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.typing import ArrayLike
@@ -11,24 +11,9 @@ from jax.typing import ArrayLike
 from xent_jax._forms import head_arguments, meshes
 from xent_jax._forms.rows import row_results
 from xent_jax._losses.linear_forms import class_blocks_form
+from xent_jax._losses.statistics import SoftmaxStatistics
 from xent_jax._reductions.axis import AxisName
 from xent_jax._targets.class_ids import ClassIds
-
-
-class SoftmaxStatistics(NamedTuple):
-    """What `linear_softmax_statistics` returns, each of the shape of the labels.
-
-    Attributes:
-      log_prob: log-probability of the label, in nats.
-      log_normalizer: log Σ_v exp(logits[v]).
-      entropy: −Σ_v p_v log p_v, in nats.
-      prediction: int32, the class of the largest logit.
-    """
-
-    log_prob: jax.Array
-    log_normalizer: jax.Array
-    entropy: jax.Array
-    prediction: jax.Array
 
 
 @jax.named_scope("linear_softmax_statistics")
@@ -125,10 +110,5 @@ def _statistics(
     kind = ClassIds(head.classes, entropy=True, prediction=True)
     form = class_blocks_form(function, head, class_block, kind)
     results = row_results(form, head.rows, head.layer)
-    statistics = SoftmaxStatistics(
-        log_prob=0 - results.loss,  # not −0
-        log_normalizer=results.log_normalizer,
-        entropy=results.entropy,
-        prediction=results.prediction,
-    )
+    statistics = SoftmaxStatistics.of(results)
     return jax.tree.map(lambda array: array.reshape(head.batch_shape), statistics)

@@ -12,7 +12,7 @@ from xent_jax._forms.linearized import linearized_loss
 from xent_jax._forms.rows import Given, row_results
 from xent_jax._reductions.axis import AxisName
 from xent_jax._reductions.precision import accumulation_dtype
-from xent_jax._targets.block import Block, class_ids, zero_where_dropped
+from xent_jax._targets.block import block_of, zero_where_dropped
 from xent_jax._targets.class_ids import ClassIds, Coefficients, combined
 from xent_jax._targets.dense import DenseTargets
 
@@ -99,7 +99,7 @@ def softmax_cross_entropy(
     )
     keep = arrays.read_where(layout, where)
     targets = arrays.read_targets(layout, labels, array.dtype)
-    block = _block(array, layout, keep)
+    block = block_of(array, layout.class_axis, keep.classes, keep.rows)
     targets = zero_where_dropped(targets, block)
     smoothing = arrays.read_scalar(
         function, "label_smoothing", label_smoothing, array.dtype, highest=1
@@ -223,7 +223,8 @@ def softmax_cross_entropy_with_integer_labels(
         uniform=smoothing is not None,
         label_weight=weights is not None,
     )
-    block = _block(array, layout, keep)._replace(class_weights=weights)
+    block = block_of(array, layout.class_axis, keep.classes, keep.rows)
+    block = block._replace(class_weights=weights)
     results = row_results(Given(kind), block, ids)
     own, uniform = results.label_weight, None
     if smoothing is not None:
@@ -274,13 +275,6 @@ def linearized_softmax_cross_entropy(
     array, layout = arrays.read_logits(function, "logits", logits, axis)
     targets = arrays.read_targets(layout, labels, array.dtype)
     return layout.squeeze(linearized_loss(layout.class_axis, array, targets))
-
-
-def _block(array: jax.Array, layout: Layout, keep: Keep) -> Block:
-    classes = layout.class_axis
-    first = classes.first(layout.num_classes)
-    ids = class_ids(array, classes.axis, first)
-    return Block(array, ids, keep.classes, keep.rows)
 
 
 def _count_classes(array: jax.Array, layout: Layout, keep: Keep) -> jax.Array:
