@@ -28,6 +28,7 @@ def linear_softmax_statistics(
     softcap: ArrayLike | None = None,
     class_axis_name: AxisName = None,
     class_block: int | None = None,
+    temperature: ArrayLike | None = None,
 ) -> SoftmaxStatistics:
     """Log-probability, log-normalizer, entropy and arg max of a linear layer's softmax.
 
@@ -59,20 +60,24 @@ def linear_softmax_statistics(
         are sharded over: `kernel`, `bias` and `class_mask` are the device's slice,
         class ids count over all devices, and rows are the same along it.
       class_block: Classes a block (of a device).
+      temperature: Positive; a number, or one a row in the shape of `labels`. Divides
+        the logits in float32, after the softcap and before masks. What is not known
+        when tracing is used as it is.
 
     Returns:
       `SoftmaxStatistics` of arrays of the shape of `labels`: three of float32 (float64
-      for float64 features), in nats, differentiable by `hidden`, `kernel`, `bias` and
-      `softcap` in every mode and order, and the int32 class ids `prediction`: the
-      lowest of equally large ones, −1 where the largest logit is not finite.
+      for float64 features), in nats, differentiable by `hidden`, `kernel`, `bias`,
+      `softcap` and `temperature` in every mode and order, and the int32 class ids
+      `prediction`: the lowest of equally large ones, −1 where the largest logit is not
+      finite.
 
     Raises:
       TypeError: `hidden` or `kernel` are not floating, `labels` not integers, a mask is
         not boolean, `class_block` is not an integer.
       ValueError: A shape differs from what is said here (nothing is broadcast), there
-        are no classes, `softcap` or `class_block` is not positive, `class_axis_name` is
-        of no mesh axis of this `jax.shard_map`, or `hidden` or `kernel` are sharded
-        over their features on a mesh of Explicit axes.
+        are no classes, `softcap`, `temperature` or `class_block` is not positive,
+        `class_axis_name` is of no mesh axis of this `jax.shard_map`, or `hidden` or
+        `kernel` are sharded over their features on a mesh of Explicit axes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -97,6 +102,7 @@ def linear_softmax_statistics(
         "where": where,
         "class_mask": class_mask,
         "softcap": softcap,
+        "temperature": temperature,
     }
     statistics = functools.partial(_statistics, function, class_block)
     names = {"class_axis_name": class_axis_name}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from xent_jax._arguments import arrays
@@ -13,6 +14,7 @@ from xent_jax._forms.rows import Given, row_results
 from xent_jax._reductions.axis import AxisName
 from xent_jax._targets.block import block_of
 from xent_jax._targets.class_ids import ClassIds, Results
+from xent_jax._targets.rivals import Labels
 
 
 class SoftmaxStatistics(NamedTuple):
@@ -36,8 +38,8 @@ class SoftmaxStatistics(NamedTuple):
         return cls(
             log_prob=0 - results.loss,  # not −0
             log_normalizer=results.log_normalizer,
-            entropy=results.entropy,
-            prediction=results.prediction,
+            entropy=jnp.asarray(results.entropy),
+            prediction=jnp.asarray(results.prediction),
         )
 
 
@@ -116,5 +118,5 @@ def softmax_statistics(
     ids = arrays.read_class_ids(layout, labels, keep)
     kind = ClassIds(layout.class_axis, entropy=True, prediction=True)
     block = block_of(array, layout.class_axis, keep.classes, keep.rows)
-    statistics = SoftmaxStatistics.of(row_results(Given(kind), block, ids))
+    statistics = SoftmaxStatistics.of(row_results(Given(kind), block, Labels(ids)))
     return jax.tree.map(layout.squeeze, statistics)
