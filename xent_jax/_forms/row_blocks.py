@@ -124,12 +124,12 @@ def _of_rows(form: RowBlocks, rows: Rows, statistics: Any) -> Any:
     if statistics is None:
         return None
     count = rows.hidden.shape[0]
-    joined = jax.tree.map(lambda array: joined(array, form.skip)[:count], statistics)
+    results = jax.tree.map(lambda array: joined(array, form.skip)[:count], statistics)
     if rows.keep is None:
-        return joined
+        return results
     # A block that was left out has zeros.
-    prediction = jnp.where(rows.keep, joined.prediction, -1)
-    return joined._replace(prediction=prediction)
+    prediction = jnp.where(rows.keep, results.prediction, -1)
+    return results._replace(prediction=prediction)
 
 
 def _small(layer: Layer) -> _Small:
