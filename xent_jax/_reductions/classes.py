@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from xent_jax._reductions.lowering import on_one_device
 
@@ -105,8 +106,8 @@ class _Slices(NamedTuple):
     ) -> jax.Array:
         """Returns what was made of the slices, combined in a tree, each number once."""
         if self.overlap:
-            fresh = jnp.arange(self.lanes) >= self.overlap
-            fresh = jnp.expand_dims(fresh, tuple(range(1, -self.axis)))
+            fresh = np.arange(self.lanes) >= self.overlap
+            fresh = np.expand_dims(fresh, tuple(range(1, -self.axis)))
             parts = (*parts[:-1], jnp.where(fresh, parts[-1], neutral))
         return _in_a_tree(combine, *parts)
 
