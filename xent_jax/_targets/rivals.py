@@ -55,7 +55,7 @@ class Wanted(NamedTuple):
 def sums_of(wanted: Wanted, axis: int, block: Block, labels: jax.Array) -> Sums:
     """Returns the sums over one block of classes."""
     operands = block, labels
-    best_rival = max_classes(_rival, operands, axis, reused=wanted.reused)
+    best_rival = max_classes(_rival, operands, axis)
     pivot = pivot_of(best_rival)
     split_sum = SPLIT_SUM._replace(reused=wanted.reused)
     operands = block, labels, pivot
