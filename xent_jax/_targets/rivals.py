@@ -91,7 +91,7 @@ def sums_of(wanted: Wanted, axis: int, block: Block, target: Labels) -> Sums:
     """Returns the sums over one block of classes."""
     labels, others = target
     operands = block, labels
-    best_rival = max_classes(_rival, operands, axis, reused=wanted.reused)
+    best_rival = max_classes(_rival, operands, axis)
     pivot = pivot_of(best_rival)
     label_weight = None
     if wanted.label_weight and block.class_weights is not None:
