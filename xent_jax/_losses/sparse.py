@@ -43,7 +43,7 @@ def softmax_cross_entropy_with_sparse_targets(
 
     Cost: that of class ids, and K comparisons a logit in the gradient (on a TPU, on a
     GPU and with `class_axis_name` as many in the value, where a CPU gathers); for more
-    than 32 ids a row the gradient has one more pass, a scatter, instead. The gradient
+    than 16 ids a row the gradient has one more pass, a scatter, instead. The gradient
     keeps the logits and K numbers a row.
 
     Args:

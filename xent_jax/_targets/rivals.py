@@ -15,7 +15,7 @@ from xent_jax._targets.block import Block, block_at, values_of, zero_where_dropp
 from xent_jax._targets.label_row import pivot_of
 
 # Up to so many classes a row are found by a comparison each.
-_MOST_MASKS = 32
+_MOST_MASKS = 16
 
 
 class Others(NamedTuple):

@@ -103,20 +103,20 @@ class Teacher(NamedTuple):
         """Returns the sums over one block of classes."""
         pair = block, block._replace(logits=target.logits)
         pivot, student, teacher = target.pivot, None, None
-        axis, reused = self.classes.axis, self.differentiated
+        axis = self.classes.axis
         if pivot is None:
             pivot, student, teacher = self._pivot(pair)
             largest = jnp.zeros_like(student), jnp.zeros_like(student)
         else:
             largest = (
-                max_classes(_relative, (pair[0], pivot.student), axis, reused=reused),
-                max_classes(_relative, (pair[1], pivot.teacher), axis, reused=reused),
+                max_classes(_relative, (pair[0], pivot.student), axis),
+                max_classes(_relative, (pair[1], pivot.teacher), axis),
             )
         safe = tuple(jnp.where(top == -jnp.inf, 0, top) for top in largest)
         operands = pair, pivot, safe
         whole = target.pivot is None
         terms = functools.partial(_terms, self.reverse, whole)
-        add = SUM._replace(reused=reused)
+        add = SUM._replace(reused=self.differentiated)
         excess, total, *others = reduce_classes(add, terms, operands, axis)
         distance = None
         if student is None or teacher is None:
@@ -142,8 +142,7 @@ class Teacher(NamedTuple):
         """
         axis = self.classes.axis
         largest = [
-            self.classes.largest(max_classes(values_of, (one,), axis, reused=True))
-            for one in pair
+            self.classes.largest(max_classes(values_of, (one,), axis)) for one in pair
         ]
         safe = [jnp.where(top == -jnp.inf, 0, top) for top in largest]
         add = SUM._replace(reused=True)
