@@ -1,7 +1,8 @@
 """Sphinx's settings: `sphinx-build -W docs build/docs` from the root of a checkout.
 
-The notebooks are executed during the build, in this environment, since they are
-committed without results. `XENT_JAX_EXAMPLE_EPOCHS=1` makes that short.
+The notebooks are shown with the results that are committed. `XENT_JAX_DOCS_EXECUTE=1`
+runs them during the build instead, in this environment. Nothing is fetched, neither by
+the build nor by who reads a page.
 """
 
 import os
@@ -20,6 +21,7 @@ version = release = xent_jax.__version__
 
 extensions = [
     "myst_nb",
+    "sphinx-mathjax-offline",  # the formulas' script, from a package
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
 ]
@@ -46,7 +48,7 @@ if os.environ.get("XENT_JAX_DOCS_ONLINE"):
         "optax": ("https://optax.readthedocs.io/en/latest/", None),
     }
 
-nb_execution_mode = "force"
+nb_execution_mode = "force" if os.environ.get("XENT_JAX_DOCS_EXECUTE") else "off"
 nb_execution_timeout = 900
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True

@@ -4,8 +4,9 @@ From the root of a checkout, with the extra `examples`, for matplotlib:
 
     python docs/render.py
 
-The data comes from `measure_errors.py`, `measure_programs.py` and
-`examples/benchmark.py`, and from the rows of the porting guide. A table is what stands
+The data comes from `measure_errors.py`, `measure_exhaustive.py`, `measure_programs.py`,
+`examples/benchmark.py` and `examples/where_it_matters.py`, and from the rows of the
+porting guide. A table is what stands
 between two comments that bear its name, so the text around it is free.
 `tests/test_docs.py` holds files and data together. Neither needs a display.
 """
@@ -20,6 +21,8 @@ from collections.abc import Callable, Sequence
 
 import charts
 import draw_architecture
+import exhaustive_tables
+from markdown_tables import number, table
 from porting_frameworks import TABLES
 from porting_rows import OURS, SETUP, Table
 
@@ -36,14 +39,18 @@ def read_records(name: str) -> list[dict]:
 
 
 TIMES, SWEEP = read_records("cpu.jsonl"), read_records("cpu-sweep.jsonl")
+MATTERS = ROOT / "examples" / "results" / "where_it_matters.txt"
 
 PAGES = (
     ROOT / "README.md",
     DOCS / "architecture.md",
     DOCS / "backends.md",
     DOCS / "cpu.md",
+    DOCS / "heads.md",
     DOCS / "numerics.md",
     DOCS / "porting.md",
+    DOCS / "speed.md",
+    DOCS / "where_it_matters.md",
 )
 BLOCK = re.compile(r"(<!-- begin ([\w-]+) -->\n)(.*?)(<!-- end \2 -->\n)", re.DOTALL)
 
@@ -92,18 +99,6 @@ MODES = {
 PEERS = ("optax", "torch.compile")
 DTYPES = ("float32", "bfloat16")
 MEASURED = ("optax", "integer", "integer-weights-smoothing", "dense", "sigmoid")
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines).replace("|  |", "| |")
-
-
-def number(value: float, digits: int = 2) -> str:
-    """Returns a number as people write it: 2.1e-7."""
-    text = f"{value:.{digits - 1}e}"
-    return re.sub(r"e([+-])0*(\d+)", r"e\1\2", text).replace("e+", "e")
 
 
 def error(value: float) -> str:
@@ -220,7 +215,7 @@ def ulp_table() -> str:
 
 
 def memory_table() -> str:
-    """The memory of a head, for README.md."""
+    """The memory of a head on two chips."""
     size = {(entry["chip"], entry["form"]): entry for entry in PROGRAMS["heads"]}
     rows = [
         [
@@ -322,7 +317,7 @@ def speed_table(*, short: bool) -> str:
         ]
         where = "" if axis == -1 else f", classes on axis {axis}"
         lines.append([f"{KINDS[labels]}, {shape}{where}, {dtype}", *cells])
-    return table(["", *MODES.values()], lines)
+    return table(["× optax / × torch.compile", *MODES.values()], lines)
 
 
 def _order(row: tuple) -> tuple:
@@ -359,6 +354,11 @@ def versions(data: dict) -> str:
         f"{name} {version.split('+')[0]}" for name, version in data["versions"].items()
     )
     return f"Made with {made}.\n"
+
+
+def where_it_matters() -> str:
+    """What `examples/where_it_matters.py` printed."""
+    return f"```text\n{MATTERS.read_text(encoding='utf-8')}```\n"
 
 
 def porting_setup() -> str:
@@ -426,6 +426,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "vocabulary-table": vocabulary_table,
     "loss-table": lambda: loss_table(tuple(LOSSES)),
     "porting-setup": porting_setup,
+    "where-it-matters": where_it_matters,
+    **exhaustive_tables.BLOCKS,
     **{rows.name: lambda rows=rows: porting_table(rows) for rows in TABLES},
 }
 

@@ -29,30 +29,20 @@
 # CPU cores.
 
 # %% [markdown] tags=["setup"]
-# ## Setting up
-#
-# On [Colab](https://colab.research.google.com), upload this notebook
-# (File, Upload notebook), choose a runtime with a TPU, a GPU or neither, and bring the
-# library along as a wheel, the file that this makes in a checkout:
-#
-#     pip wheel --no-deps .
-#
-# Upload `xent_jax-<version>-py3-none-any.whl` in the file panel on the left; the next
-# cell installs it. (Or put a checkout on your Drive, mount that, and run
-# `%pip install --no-deps <folder of the checkout>` in a cell of its own first.)
-#
-# Everything else is on Colab already and stays as it is: the cell installs nothing but
-# xent_jax (`--no-deps`), so that the runtime keeps the JAX that fits its device and
-# need not restart. Elsewhere it does nothing; there,
-# `pip install '.[examples]'` in a checkout brings all that the notebooks import.
+# *Set-up.* In a checkout, `pip install '.[examples]'` brings all that is needed.
+# On [Colab](https://colab.research.google.com), upload the wheel that
+# `pip wheel --no-deps .` makes in a checkout; this cell installs it and nothing else.
 
-# %% tags=["setup"]
+# %% cellView="form" jupyter={"source_hidden": true} tags=["setup", "hide-input"]
+# @title Set-up { display-mode: "form" }
 import importlib
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import jax
 
 IN_COLAB = "google.colab" in sys.modules
 if IN_COLAB and importlib.util.find_spec("xent_jax") is None:
@@ -67,17 +57,9 @@ if IN_COLAB and importlib.util.find_spec("xent_jax") is None:
     subprocess.run([*install, source], check=True)
     importlib.invalidate_caches()
 
-# %% [markdown] tags=["setup"]
-# Are the losses right on the device at hand? `python -m xent_jax.verify` holds every
-# loss of logits and of probabilities, in three dtypes and five ways of calling it, to
-# float64 on the host. It takes about 20 seconds on two CPU cores, longer where
-# compiling takes longer, and shows how far it is. The cell runs it on Colab; elsewhere
-# set `XENT_JAX_EXAMPLE_VERIFY=1` before you start.
-
-# %% tags=["setup"]
-import jax
-
 print("devices:", jax.devices())
+# Are the losses right on this device? Asked on Colab; elsewhere set the variable, or
+# run `python -m xent_jax.verify`.
 if IN_COLAB or os.environ.get("XENT_JAX_EXAMPLE_VERIFY"):
     from xent_jax import verify
 
@@ -369,7 +351,7 @@ two = jnp.array([1.0, 1.0, 0.0, 0.0])
 print("sum 2:     ", xent_jax.softmax_cross_entropy(x, two))
 print("gradient   ", jax.grad(xent_jax.softmax_cross_entropy)(x, two))
 print("2 p - y    ", 2 * jax.nn.softmax(x) - two)
-print("normalised:", xent_jax.softmax_cross_entropy(x, two / 2))
+print("normalized:", xent_jax.softmax_cross_entropy(x, two / 2))
 print("sigmoid:   ", xent_jax.sigmoid_binary_cross_entropy(x, two).sum())
 
 # %% [markdown]
@@ -942,7 +924,7 @@ beside(
                 -1.71115412178 -1.51115412178 -1.31115412178 -1.11115412178""",
             "ours": log_softmax(x),
         },
-        "F.cross_entropy of two labels a row (normalised: 1.3215)": {
+        "F.cross_entropy of two labels a row (normalized: 1.3215)": {
             "printed": "2.6430",
             "true": "2.64303873234",
             "ours": xent_jax.softmax_cross_entropy(x, both).mean(),

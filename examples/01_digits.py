@@ -25,30 +25,20 @@
 # a minute on two CPU cores, and the same code runs on a GPU or a TPU.
 
 # %% [markdown] tags=["setup"]
-# ## Setting up
-#
-# On [Colab](https://colab.research.google.com), upload this notebook
-# (File, Upload notebook), choose a runtime with a TPU, a GPU or neither, and bring the
-# library along as a wheel, the file that this makes in a checkout:
-#
-#     pip wheel --no-deps .
-#
-# Upload `xent_jax-<version>-py3-none-any.whl` in the file panel on the left; the next
-# cell installs it. (Or put a checkout on your Drive, mount that, and run
-# `%pip install --no-deps <folder of the checkout>` in a cell of its own first.)
-#
-# Everything else is on Colab already and stays as it is: the cell installs nothing but
-# xent_jax (`--no-deps`), so that the runtime keeps the JAX that fits its device and
-# need not restart. Elsewhere it does nothing; there,
-# `pip install '.[examples]'` in a checkout brings all that the notebooks import.
+# *Set-up.* In a checkout, `pip install '.[examples]'` brings all that is needed.
+# On [Colab](https://colab.research.google.com), upload the wheel that
+# `pip wheel --no-deps .` makes in a checkout; this cell installs it and nothing else.
 
-# %% tags=["setup"]
+# %% cellView="form" jupyter={"source_hidden": true} tags=["setup", "hide-input"]
+# @title Set-up { display-mode: "form" }
 import importlib
 import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import jax
 
 IN_COLAB = "google.colab" in sys.modules
 if IN_COLAB and importlib.util.find_spec("xent_jax") is None:
@@ -63,17 +53,9 @@ if IN_COLAB and importlib.util.find_spec("xent_jax") is None:
     subprocess.run([*install, source], check=True)
     importlib.invalidate_caches()
 
-# %% [markdown] tags=["setup"]
-# Are the losses right on the device at hand? `python -m xent_jax.verify` holds every
-# loss of logits and of probabilities, in three dtypes and five ways of calling it, to
-# float64 on the host. It takes about 20 seconds on two CPU cores, longer where
-# compiling takes longer, and shows how far it is. The cell runs it on Colab; elsewhere
-# set `XENT_JAX_EXAMPLE_VERIFY=1` before you start.
-
-# %% tags=["setup"]
-import jax
-
 print("devices:", jax.devices())
+# Are the losses right on this device? Asked on Colab; elsewhere set the variable, or
+# run `python -m xent_jax.verify`.
 if IN_COLAB or os.environ.get("XENT_JAX_EXAMPLE_VERIFY"):
     from xent_jax import verify
 
@@ -99,13 +81,13 @@ import xent_jax
 
 # %% [markdown]
 # Two environment variables change a run: `XENT_JAX_EXAMPLE_EPOCHS` shortens it (the
-# check at the end then only prints), and `XENT_JAX_EXAMPLE_FIGURE` names a file to
-# save the figure to.
+# check at the end then only prints), and `XENT_JAX_EXAMPLE_FIGURE` names the file that
+# the figure is saved to.
 
 # %%
 FULL_EPOCHS = 40
 EPOCHS = int(os.environ.get("XENT_JAX_EXAMPLE_EPOCHS", FULL_EPOCHS))
-FIGURE = os.environ.get("XENT_JAX_EXAMPLE_FIGURE")
+FIGURE = os.environ.get("XENT_JAX_EXAMPLE_FIGURE", "digits.png")
 SEED = 0
 BATCH = 128
 CLASSES = 10
@@ -319,8 +301,8 @@ for name, model in {"untrained": untrained, "trained": softmax_model}.items():
     axes[name].set_yticks(range(0, CLASSES, 3))
 axes["trained"].set_xlabel("image")
 figure.colorbar(picture, ax=[axes["untrained"], axes["trained"]])
-if FIGURE:
-    figure.savefig(FIGURE, dpi=120)
+figure.savefig(FIGURE, dpi=120)
+print(f"saved the picture {FIGURE}")
 
 # %% [markdown]
 # ## The same with Linen

@@ -7,16 +7,21 @@ The source of a notebook is its percent script. Two things are derived from it:
   are written here, with what pyproject.toml says in `[project.urls]`: once `Repository`
   is a public repository on GitHub, they show a badge that opens the notebook in Colab,
   and install the library from there.
-- The notebook, by jupytext.
+- The notebook, by jupytext, and its outputs, by running it at its full setting: those
+  are committed, since a code host shows what a file holds.
 
 Run it after every change of a script or of that setting; a new script gets its `setup`
-cells, an old one keeps all others as they are:
+cells, an old one keeps all others as they are. A notebook is run if a cell of it has
+changed, and with `--all` in any case, which takes five minutes on two cores:
 
     pip install '.[test]'
     python examples/notebooks.py
 """
 
+import argparse
+import os
 import re
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -34,56 +39,46 @@ BADGE = """\
 """
 
 FROM_A_WHEEL = """\
-# On [Colab]({colab}), upload this notebook
-# (File, Upload notebook), choose a runtime with a TPU, a GPU or neither, and bring the
-# library along as a wheel, the file that this makes in a checkout:
-#
-#     pip wheel --no-deps .
-#
-# Upload `xent_jax-<version>-py3-none-any.whl` in the file panel on the left; the next
-# cell installs it. (Or put a checkout on your Drive, mount that, and run
-# `%pip install --no-deps <folder of the checkout>` in a cell of its own first.)
+# On [Colab]({colab}), upload the wheel that
+# `pip wheel --no-deps .` makes in a checkout; this cell installs it and nothing else.
 """
 
 FROM_GITHUB = """\
-# On [Colab]({colab}), choose a runtime with a
-# TPU, a GPU or neither; the next cell installs the library from its repository.
+# On [Colab]({colab}), this cell installs the library
+# from its repository and nothing else.
 """
 
-SETUP = """\
-# %% [markdown] tags=["setup"]
-# ## Setting up
-#
-{badge}{how}#
-# Everything else is on Colab already and stays as it is: the cell installs nothing but
-# xent_jax (`--no-deps`), so that the runtime keeps the JAX that fits its device and
-# need not restart. Elsewhere it does nothing; there,
-# `pip install '.[examples]'` in a checkout brings all that the notebooks import.
+# The input is folded where a notebook is shown by JupyterLab, Colab or the docs.
+FOLDED = (
+    'cellView="form" jupyter={{"source_hidden": true}} tags=["setup", "hide-input"]'
+)
 
-# %% tags=["setup"]
+SETUP = (
+    """\
+# %% [markdown] tags=["setup"]
+{badge}# *Set-up.* In a checkout, `pip install '.[examples]'` brings all that is needed.
+{how}
+# %% """
+    + FOLDED
+    + """
+# @title Set-up {{ display-mode: "form" }}
 import importlib
 import importlib.util
 import os
 import subprocess
 import sys
 {imports}
+import jax
+
 IN_COLAB = "google.colab" in sys.modules
 if IN_COLAB and importlib.util.find_spec("xent_jax") is None:
 {source}    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
     subprocess.run([*install, source], check=True)
     importlib.invalidate_caches()
 
-# %% [markdown] tags=["setup"]
-# Are the losses right on the device at hand? `python -m xent_jax.verify` holds every
-# loss of logits and of probabilities, in three dtypes and five ways of calling it, to
-# float64 on the host. It takes about 20 seconds on two CPU cores, longer where
-# compiling takes longer, and shows how far it is. The cell runs it on Colab; elsewhere
-# set `XENT_JAX_EXAMPLE_VERIFY=1` before you start.
-
-# %% tags=["setup"]
-import jax
-
 print("devices:", jax.devices())
+# Are the losses right on this device? Asked on Colab; elsewhere set the variable, or
+# run `python -m xent_jax.verify`.
 if IN_COLAB or os.environ.get("XENT_JAX_EXAMPLE_VERIFY"):
     from xent_jax import verify
 
@@ -92,6 +87,7 @@ if IN_COLAB or os.environ.get("XENT_JAX_EXAMPLE_VERIFY"):
         raise RuntimeError("verify: on this device a loss is out of its bounds")
 
 """
+)
 
 FIND_WHEEL = """\
     wheels = sorted(Path().glob("xent_jax-*.whl"), key=lambda p: p.stat().st_mtime)
@@ -150,22 +146,64 @@ def with_setup_cells(script: str, name: str, slug: str | None) -> str:
     header, title, *cells = re.split(r"(?m)^(?=# %%)", script)
 
     def tagged(tag: str) -> list[str]:
-        return [c for c in cells if f'tags=["{tag}"]' in c.partition("\n")[0]]
+        return [c for c in cells if f'tags=["{tag}"' in c.partition("\n")[0]]
 
     own = [c for c in cells if c not in tagged("setup") + tagged("start")]
     return "".join([header, title, *tagged("start"), setup_cells(name, slug), *own])
 
 
+def has_outputs(notebook) -> bool:
+    """Whether every cell of code has been run as it stands."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    return all(cell.execution_count for cell in code)
+
+
+def execute(path: Path) -> None:
+    """Runs a notebook in a folder of its own, on a CPU, and writes what it shows."""
+    import nbclient
+    import nbformat
+
+    notebook = nbformat.read(path, as_version=4)
+    metadata = notebook.metadata.copy()
+    # What shortens a run, or draws bars while it lasts.
+    for name in [name for name in os.environ if name.startswith("XENT_JAX_EXAMPLE_")]:
+        del os.environ[name]
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",
+        "JUPYTER_PREFER_ENV_PATH": "1",  # the kernel of this environment
+        "TQDM_DISABLE": "1",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        client = nbclient.NotebookClient(
+            notebook,
+            timeout=900,
+            kernel_name="python3",
+            record_timing=False,
+            resources={"metadata": {"path": folder}},
+        )
+        client.execute()
+    notebook.metadata = metadata  # without the version of Python that ran it
+    nbformat.write(notebook, path)
+
+
 def main() -> None:
     """Brings every script and its notebook up to date."""
     import jupytext.cli
+    import nbformat
 
+    parser = argparse.ArgumentParser(description="Writes and runs the notebooks.")
+    parser.add_argument("--all", action="store_true", help="run them all")
+    run_all = parser.parse_args().all
     slug = repository((EXAMPLES.parent / "pyproject.toml").read_text(encoding="utf-8"))
     for path in sorted(EXAMPLES.glob("[0-9][0-9]_*.py")):
         script = path.read_text(encoding="utf-8")
         path.write_text(with_setup_cells(script, path.stem, slug), encoding="utf-8")
-        # An update keeps the ids of cells that did not change.
+        # An update keeps the ids and outputs of cells that did not change.
         jupytext.cli.jupytext(["--update", "--to", "ipynb", str(path)])
+        notebook = path.with_suffix(".ipynb")
+        if run_all or not has_outputs(nbformat.read(notebook, as_version=4)):
+            print(f"running {notebook.name}", flush=True)
+            execute(notebook)
 
 
 if __name__ == "__main__":

@@ -153,8 +153,9 @@ def _once(case: LossCase) -> bool:
     return case.name.startswith(INTEGER) and len(case.options) == 1
 
 
+_MARKS = [pytest.mark.once, pytest.mark.exhaustive]
 EACH = [
-    pytest.param(case, id=case.name, marks=[pytest.mark.once] if _once(case) else [])
+    pytest.param(case, id=case.name, marks=_MARKS if _once(case) else [])
     for case in CASES
 ]
-"""The same for tests that run on every version of JAX."""
+"""The same as parameters of tests, marked."""

@@ -5,7 +5,7 @@ float64 and returns NumPy arrays: the loss, and the gradients of the sum of the 
 in closed form. Only JAX is kept out, so that an error cannot hide on both sides.
 
 Differences that float64 would lose are never formed. Of each row the largest logit k is
-left out of the normaliser: with r = Σ_{j≠k} exp(x_j − x_k),
+left out of the normalizer: with r = Σ_{j≠k} exp(x_j − x_k),
 
     −log p_j = (x_k − x_j) + log1p(r),    p_k = 1 / (1 + r),    1 − p_k = r / (1 + r),
 
@@ -400,7 +400,7 @@ def linear_softmax_statistics(
     softcap: Any = None,
     factors: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> LinearStatistics:
-    """Log-probability, log-normaliser, entropy, arg max; `factors` of the first three.
+    """Log-probability, log-normalizer, entropy, arg max; `factors` of the first three.
 
     The arg max is the first of the largest, −1 where none is kept or finite.
     """
@@ -507,7 +507,7 @@ def sinkhorn_targets(
     where: Any = None,
     prior: Any = None,
 ) -> np.ndarray:
-    """exp(scores/ε), its columns and then its rows normalised, on logarithms."""
+    """exp(scores/ε), its columns and then its rows normalized, on logarithms."""
     scores = np.asarray(scores).astype(np.float64)
     keep = np.ones(len(scores), bool) if where is None else np.asarray(where)
     log_targets = scores[keep] / float(epsilon)

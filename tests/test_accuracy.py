@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from grids import shortened
 
 import xent_jax
 
@@ -39,8 +40,8 @@ def value_and_gradient(loss, logits, labels):
 
 # Widths on both sides of where the reduction is folded, a prime, and very wide.
 @pytest.mark.parametrize("classes", [2, 3, 10, 127, 1000, 2048, 2053, 32768, 1_000_000])
-@pytest.mark.parametrize("offset", [0.0, 1e3, 1e6])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("offset", shortened([0.0, 1e3, 1e6], kept=[0.0, 1e6]))
+@pytest.mark.parametrize("scale", shortened([0.1, 1.0, 10.0], kept=[1.0]))
 def test_integer_labels_float32(classes, offset, scale, rng):
     rows = int(np.clip(200_000 // classes, 4, 400))
     margins = np.linspace(-60, 80, rows)

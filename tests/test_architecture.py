@@ -153,3 +153,17 @@ def test_profiles_name_the_function_forward_and_backward(name):
     inside = [text for text in names if name in text]
     assert [text for text in inside if "transpose" in text]
     assert [text for text in inside if "transpose" not in text]
+
+
+def test_losses_need_jax_alone():
+    program = """
+import sys
+sys.modules |= dict.fromkeys(["chex", "rich", "optax", "flax"])
+import jax.numpy as jnp
+import xent_jax
+x, ids = jnp.zeros((2, 3)), jnp.array([0, 1])
+xent_jax.softmax_cross_entropy_with_integer_labels(x, ids)
+xent_jax.linear_softmax_cross_entropy(x, jnp.eye(3), ids, reduction="mean")
+xent_jax.sinkhorn_targets(x)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

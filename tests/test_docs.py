@@ -76,11 +76,27 @@ def test_no_link_to_what_is_not_there_yet(page):
 def test_links_are_found():
     """Keeps the patterns honest: README has links of every kind."""
     found = targets(ROOT / "README.md")
-    assert {"CHANGELOG.md", "#coming-from-optax", "docs/porting.md"} <= set(found)
+    assert {"CHANGELOG.md", "docs/speed.md#on-a-cpu", "docs/porting.md"} <= set(found)
     assert "docs/pictures/error-by-margin-dark.svg" in found
     assert "pictures/error-by-margin-light.svg" in targets(DOCS / "index.md")
     assert "coming-from-optax" in anchors(ROOT / "README.md")
     assert "from-pytorchs-linear_cross_entropy" in anchors(DOCS / "porting.md")
+
+
+def test_readme_is_two_screens():
+    text = read(ROOT / "README.md")
+    assert len(text.splitlines()) <= 200
+    assert len(text.split()) <= 1500
+
+
+def test_readme_says_what_was_measured():
+    """Where it matters: every figure is one that the script printed."""
+    printed = read(render.MATTERS)
+    told = read(ROOT / "README.md").partition("## When it matters")[2]
+    told = told.partition("`python examples/where_it_matters.py`")[0]
+    for figure in ("0.9733", "41.5 %", "84 %", "8.2e-19", "1.4e-10"):
+        assert figure in told
+        assert figure.replace(" %", "%") in printed
 
 
 def test_every_page_is_in_the_navigation():

@@ -4,6 +4,7 @@ They run in processes of their own: a user's JAX has none of the strict modes th
 test suite sets. What a notebook runs is what its script runs, so one script is enough.
 """
 
+import collections
 import decimal
 import importlib.util
 import json
@@ -39,6 +40,15 @@ pytestmark = pytest.mark.skipif(
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("[0-9][0-9]_*.py"))
+# The others run before a change lands; their outputs are committed.
+EACH_RUN = [
+    pytest.param(
+        path,
+        id=path.stem,
+        marks=() if path.stem == "01_digits" else pytest.mark.exhaustive,
+    )
+    for path in SCRIPTS
+]
 each_example = pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 
 # What an example has to print: a number measured on data it did not train on.
@@ -106,7 +116,7 @@ def setup_sources(slug: str | None, kind: str = "code") -> list[str]:
     import jupytext
 
     cells = jupytext.reads(notebooks.setup_cells("00_name", slug), "py:percent").cells
-    assert all(cell.metadata.tags == ["setup"] for cell in cells)
+    assert all(cell.metadata.tags[0] == "setup" for cell in cells)
     return [cell.source for cell in cells if cell.cell_type == kind]
 
 
@@ -126,17 +136,41 @@ def test_notebook_is_the_pair_of_its_script(script: Path):
 
 
 @each_example
-def test_notebook_is_stripped_and_installs_nothing_unasked(script: Path):
+def test_outputs_are_there_and_nothing_is_installed_unasked(script: Path):
+    """A code host shows what the file holds: the results of the full setting."""
     import nbformat
 
-    notebook = nbformat.read(script.with_suffix(".ipynb"), as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == []
-            assert cell.execution_count is None
-            assert not re.search(r"^\s*[%!]", cell.source, re.MULTILINE)
-            if "setup" not in cell.metadata.get("tags", []):
-                assert "subprocess" not in cell.source
+    path = script.with_suffix(".ipynb")
+    notebook = nbformat.read(path, as_version=4)
+    hint = "run: python examples/notebooks.py"
+    assert notebooks.has_outputs(notebook), hint
+    assert path.stat().st_size < 1_000_000
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    kinds = collections.Counter()
+    for cell in code:
+        assert not re.search(r"^\s*[%!]", cell.source, re.MULTILINE)
+        if "setup" not in cell.metadata.get("tags", []):
+            assert "subprocess" not in cell.source
+        for output in cell.outputs:
+            assert output.output_type in ("stream", "display_data", "execute_result")
+            assert output.get("name") != "stderr"
+            kinds.update([output.output_type, *output.get("data", {})])
+    assert kinds["stream"] > 0
+    assert kinds["image/png"] > 0
+    shown = json.dumps([cell.outputs for cell in code])
+    assert "check passed" in shown, "not run at the full setting"
+    assert not re.search(r"/(home|root|tmp|work)/", shown)
+
+
+def test_a_cell_that_was_not_run_is_found():
+    import nbformat
+
+    run = nbformat.v4.new_code_cell("1", execution_count=1)
+    notebook = nbformat.v4.new_notebook(cells=[run, nbformat.v4.new_markdown_cell()])
+    assert notebooks.has_outputs(notebook)
+    notebook.cells.append(nbformat.v4.new_code_cell("2"))
+    assert not notebooks.has_outputs(notebook)
 
 
 @each_example
@@ -170,15 +204,16 @@ def test_what_comes_before_jax_starts_stays_before_the_first_cells():
 
 
 def test_nothing_points_to_a_repository_before_there_is_one():
-    [how, check] = setup_sources(None, "markdown")
+    [how] = setup_sources(None, "markdown")
+    assert len(how.splitlines()) == 3
     assert "pip wheel --no-deps ." in how
-    assert "python -m xent_jax.verify" in check
+    assert "python -m xent_jax.verify" in setup_sources(None)[0]
     for word in ("github", "badge", "pypi", "release", "pip install xent"):
         assert word not in notebooks.setup_cells("00_name", None).lower()
 
 
 def test_a_repository_makes_a_badge_and_replaces_the_wheel():
-    [how, _] = setup_sources("owner/name", "markdown")
+    [how] = setup_sources("owner/name", "markdown")
     colab = "https://colab.research.google.com"
     page = f"{colab}/github/owner/name/blob/main/examples/00_name.ipynb"
     assert "[![Open in Colab][badge]][notebook]\n" in how
@@ -210,12 +245,13 @@ def test_a_setting_that_is_no_repository_is_refused(url: str):
 
 
 class TestInstallCell:
-    """The first code cell, with pip and Colab replaced."""
+    """The set-up cell where nothing is installed, with pip and Colab replaced."""
 
     @pytest.fixture(autouse=True)
     def replaced(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         self.commands = []
         self.installed = False
+        monkeypatch.setattr(verify, "main", lambda arguments: 0)
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(subprocess, "run", self.record)
         monkeypatch.setattr(
@@ -270,7 +306,7 @@ class TestInstallCell:
 
 
 class TestVerifyCell:
-    """The cell that prints the devices, with `verify` replaced."""
+    """The set-up cell where all is installed, with `verify` replaced."""
 
     @pytest.fixture(autouse=True)
     def replaced(self, monkeypatch: pytest.MonkeyPatch):
@@ -283,27 +319,31 @@ class TestVerifyCell:
         self.calls.append(arguments)
         return self.status
 
-    def execute(self, in_colab: bool) -> None:
-        exec(setup_sources(None)[1], {"IN_COLAB": in_colab, "os": os})
+    def execute(self) -> None:
+        exec(setup_sources(None)[0], {})
 
     def test_prints_the_devices_and_no_more(self, capsys: pytest.CaptureFixture):
-        self.execute(in_colab=False)
+        self.execute()
         assert capsys.readouterr().out.startswith("devices: [CpuDevice(id=0)")
         assert self.calls == []
 
-    def test_verifies_the_default_device_on_colab(self):
-        self.execute(in_colab=True)
+    def test_verifies_the_default_device_on_colab(
+        self, monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("colab"))
+        self.execute()
         assert self.calls == [["--platform", "cpu"]]
 
     def test_verifies_when_asked(self, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setenv("XENT_JAX_EXAMPLE_VERIFY", "1")
-        self.execute(in_colab=False)
+        self.execute()
         assert self.calls == [["--platform", "cpu"]]
 
-    def test_stops_when_a_loss_is_off(self):
+    def test_stops_when_a_loss_is_off(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setenv("XENT_JAX_EXAMPLE_VERIFY", "1")
         self.status = 1
         with pytest.raises(RuntimeError, match="out of its bounds"):
-            self.execute(in_colab=True)
+            self.execute()
 
 
 def printed_numbers() -> set[str]:
@@ -328,7 +368,7 @@ def test_the_first_notebook_stops_at_a_number_that_is_off(ours: float):
         namespace["beside"]({"wrong": entry | {"ours": ours}})
 
 
-@each_example
+@pytest.mark.parametrize("script", EACH_RUN)
 def test_notebook_runs(script: Path, tmp_path: Path):
     # nbclient raises on the first cell that ends in an error.
     notebook = script.with_suffix(".ipynb")
@@ -346,6 +386,35 @@ def test_notebook_runs(script: Path, tmp_path: Path):
         assert not missing
 
 
+def test_where_it_matters(tmp_path: Path):
+    """The claims of README: each number is optax's and then ours."""
+    output = run([str(EXAMPLES / "where_it_matters.py")], tmp_path, backend="Agg")
+
+    def numbers(pattern: str) -> np.ndarray:
+        found = np.float64(re.findall(pattern, output))
+        assert len(found) == 2, output
+        return found
+
+    theirs, ours = numbers(r"held-out accuracy (\S+)")
+    assert abs(theirs - ours) <= 0.01  # where it does not matter
+    theirs, ours = numbers(r"mean loss off by (\S+)%")
+    assert theirs >= 10
+    assert ours <= 0.1
+    theirs, ours = numbers(r"label's gradient is 0 in (\d+)%")
+    assert theirs >= 50
+    assert ours == 0
+    theirs, ours = numbers(r" loss (\S+), smallest normalized margin")
+    assert ours <= 1e-3 * theirs
+    theirs, ours = numbers(r"smallest normalized margin (\S+)")
+    assert ours >= 2 * theirs
+    theirs, ours = numbers(r"median relative error (\S+)")
+    assert theirs >= 1e-2
+    assert ours <= 1e-4
+    theirs, ours = numbers(r"largest error of a loss (\S+),")
+    assert theirs >= 1e-2
+    assert ours <= 1e-5
+
+
 def test_script_runs(tmp_path: Path):
     # The one that README.md has run as a script.
     name = "01_digits.py"
@@ -353,9 +422,11 @@ def test_script_runs(tmp_path: Path):
     assert f"python examples/{name}" in readme
     output = run([str(EXAMPLES / name)], tmp_path, backend="Agg")
     assert HELD_OUT.search(output), output
+    assert f"saved the picture {tmp_path / 'figure.png'}" in output
     assert (tmp_path / "figure.png").stat().st_size > 0
 
 
+@pytest.mark.exhaustive
 def test_two_processes_run_a_script_together(tmp_path: Path):
     # The command lines that its first cell shows, with a port that is free.
     script = EXAMPLES / "04_sharded_vocabulary.py"

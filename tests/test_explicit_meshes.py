@@ -40,8 +40,16 @@ COMPANIONS = {
 }
 # Versions of JAX differ in what each of them shows.
 EVERYWHERE = [("rows", "numpy"), ("classes", "replicated"), ("both", "otherwise")]
+SHORT = ("both", "otherwise")  # the one that is moved most
+
+
+def marks_of(pair):
+    once = () if pair in EVERYWHERE else (pytest.mark.once,)
+    return once if pair == SHORT else (*once, pytest.mark.exhaustive)
+
+
 PAIRS = [
-    pytest.param(*pair, marks=() if pair in EVERYWHERE else pytest.mark.once)
+    pytest.param(*pair, marks=marks_of(pair))
     for pair in itertools.product(SHARDED, COMPANIONS)
 ]
 
@@ -100,6 +108,7 @@ def test_jitted_is_unsharded(case, how, where, mesh):
 
 
 @pytest.mark.once
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("case", "where"),
     [

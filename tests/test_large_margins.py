@@ -17,8 +17,9 @@ import pytest
 import xent_jax
 
 MARGINS = [-1e9, -130.0, 95.0, 130.0, 1e3, 1e9, "one class", "one kept class"]
+THIRD = [pytest.mark.once, pytest.mark.exhaustive]
 MODES = [
-    pytest.param(nesting, marks=pytest.mark.once if len(nesting) == 3 else ())
+    pytest.param(nesting, marks=THIRD if len(nesting) == 3 else ())
     for order in (1, 2, 3)
     for nesting in itertools.product(("fwd", "rev"), repeat=order)
 ]
@@ -34,6 +35,14 @@ OPTIONS = {
     "z_loss": {"z_loss": 0.25},
     "all": {"label_smoothing": 0.125, "class_weights": WEIGHTS, "z_loss": 0.25},
 }
+EACH_OPTION = [
+    pytest.param(
+        options,
+        id=name,
+        marks=() if name in ("plain", "all") else pytest.mark.exhaustive,
+    )
+    for name, options in OPTIONS.items()
+]
 LABEL = 1
 
 
@@ -130,7 +139,7 @@ def moved(start, directions, steps):
 
 
 @pytest.mark.parametrize("nesting", MODES, ids=NAMES)
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", EACH_OPTION)
 @pytest.mark.parametrize("kind", ["ids", "dense"])
 def test_losses_of_logits(kind, options, nesting):
     loss = {

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from grids import shortened
 from heads import (
     FORMS,
     LOSS,
@@ -41,8 +42,14 @@ def name_of(options):
     return "+".join(options) or "plain"
 
 
+EACH = [
+    *(pytest.param(options, marks=pytest.mark.exhaustive) for options in SINGLES),
+    *QUADRUPLES,
+]
+
+
 @pytest.mark.parametrize("reduction", [None, "mean"])
-@pytest.mark.parametrize("options", [*SINGLES, *QUADRUPLES], ids=name_of)
+@pytest.mark.parametrize("options", EACH, ids=name_of)
 def test_every_option_and_every_three(options, reduction, rng, x64, unoptimized):
     """In float64, where a wrong term cannot hide behind rounding."""
     inputs = head_inputs(rng, (2, 5), 3, 11, options)
@@ -66,7 +73,7 @@ SIZES = [
 
 
 @pytest.mark.parametrize("reduction", [None, "mean"])
-@pytest.mark.parametrize(("rows", "classes"), SIZES)
+@pytest.mark.parametrize(("rows", "classes"), shortened(SIZES, kept=SIZES[::3]))
 def test_sizes(rows, classes, reduction, rng):
     """float32 and an odd number of features; 50 divides no size."""
     inputs = cast(head_inputs(rng, (rows,), 17, classes, MANY), "float32")

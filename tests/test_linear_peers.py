@@ -48,7 +48,7 @@ def blocks(reduction, size):
 
 
 @forms
-def test_tokamax_padding_columns_are_in_the_normaliser(reduction, rng):
+def test_tokamax_padding_columns_are_in_the_normalizer(reduction, rng):
     """V = 1000 in blocks of 128 leaves 24 phantom classes of logit 0: +0.02 nats."""
     inputs = cast(head_inputs(rng, (8,), 6, 1000), "float32")
     inputs["kernel"] *= np.float32(0.001)  # As at initialisation: every class counts.
@@ -141,7 +141,7 @@ def test_t5x_and_liger_the_z_loss_has_its_gradient(reduction, rng):
 
 
 def test_t5x_the_cotangent_of_every_output_counts(rng):
-    """Of the statistics: log-normaliser and entropy are differentiable too."""
+    """Of the statistics: log-normalizer and entropy are differentiable too."""
     inputs = cast(head_inputs(rng, (5,), 3, 7), "float32")
     labels = inputs.pop("labels")
     for index in range(3):

@@ -112,13 +112,21 @@ def slopes(function, step=1e-3):
     return (8 * (near - back) - (far - far_back)) / (12 * step)
 
 
+def marks_of(setting):
+    return () if setting in shards.SETTINGS[2:4] else pytest.mark.exhaustive
+
+
 @pytest.mark.parametrize(
     ("reduction", "options", "setting"),
     [
-        *((r, ALL, setting) for r in (None, "mean") for setting in shards.SETTINGS),
+        *(
+            pytest.param(r, ALL, setting, marks=marks_of(setting))
+            for r in (None, "mean")
+            for setting in shards.SETTINGS
+        ),
         # The mesh has no part in what the options change.
         *(
-            (r, PLAIN, setting)
+            pytest.param(r, PLAIN, setting, marks=pytest.mark.exhaustive)
             for r in (None, "sum")
             for setting in shards.SETTINGS[2:4]
         ),
@@ -350,10 +358,14 @@ MESHES = {
     "both": ("rows", "classes"),
     "two axes": (None, ("rows", "classes")),
 }
+EACH_MESH = [
+    pytest.param(how, marks=() if how == "both" else pytest.mark.exhaustive)
+    for how in MESHES
+]
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("how", MESHES)
+@pytest.mark.parametrize("how", EACH_MESH)
 def test_without_axis_names(how, kind, unoptimized):
     """Under plain jit; types say how arrays are sharded on a mesh of Explicit axes."""
     setting = shards.Setting((2, 4), kind, True)

@@ -40,11 +40,23 @@ LOSSES = {
 # On every version of JAX an option runs with all the others, and alone on one.
 ALONE = ("smoothing", "weights", "z_loss")
 MASKED = [
-    pytest.param(name, mask, marks=[pytest.mark.once] if name.endswith(ALONE) else [])
+    pytest.param(
+        name,
+        mask,
+        marks=[pytest.mark.once, pytest.mark.exhaustive]
+        if name.endswith(ALONE)
+        else [],
+    )
     for name in LOSSES
     for mask in (None, "rows", "classes")
     if mask is None
     or not (name == "linearized" or (mask == "rows" and name in ("sigmoid", "binary")))
+]
+# "both" has all there is to go wrong; the others say what did.
+EACH_SPEC = [
+    pytest.param("rows", marks=pytest.mark.exhaustive),
+    pytest.param("classes", marks=pytest.mark.exhaustive),
+    "both",
 ]
 SPECS = {"rows": ("a", None), "classes": (None, "a"), "both": ("a", "b")}
 
@@ -124,6 +136,7 @@ def check(of, results, expected):
 
 
 @pytest.mark.once
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("name", ["integer-all", "dense-all", "nll", "linearized"])
 @pytest.mark.parametrize(("shards", "classes"), [(8, 2048), (8, 2560), (4, 8192)])
@@ -139,7 +152,7 @@ def test_many_classes_over_any_number_of_shards(shards, classes, name, kind):
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", EACH_SPEC)
 @pytest.mark.parametrize(("name", "mask"), MASKED)
 def test_sharded_is_unsharded(name, mask, spec, kind):
     shape = (8, 1) if spec == "rows" else (1, 8) if spec == "classes" else (2, 4)

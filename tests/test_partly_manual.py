@@ -24,6 +24,12 @@ from mesh_cases import (
     total_of,
 )
 
+MANUAL = [
+    pytest.param((DATA,), id=DATA, marks=pytest.mark.exhaustive),
+    pytest.param((VOCAB,), id=VOCAB, marks=pytest.mark.exhaustive),
+    pytest.param((DATA, VOCAB), id=f"{DATA}-{VOCAB}"),
+]
+
 
 @pytest.fixture(autouse=True)
 def unoptimized():
@@ -73,9 +79,10 @@ class Split:
 
 
 @pytest.mark.parametrize(
-    "check_vma", [True, pytest.param(False, marks=pytest.mark.once)]
+    "check_vma",
+    [True, pytest.param(False, marks=[pytest.mark.once, pytest.mark.exhaustive])],
 )
-@pytest.mark.parametrize("manual", [(DATA,), (VOCAB,), (DATA, VOCAB)], ids="-".join)
+@pytest.mark.parametrize("manual", MANUAL)
 @every_case
 def test_is_unsharded(case, manual, check_vma):
     mesh = mesh_of((2, 4), "Auto")

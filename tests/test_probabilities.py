@@ -14,7 +14,7 @@ BINARY = xent_jax.binary_cross_entropy
 
 @pytest.mark.parametrize("epsilon", [1e-7, 1e-3])
 @pytest.mark.parametrize("scale", [1.0, 5.0])
-def test_categorical_renormalises_and_clips(epsilon, scale, rng):
+def test_categorical_renormalizes_and_clips(epsilon, scale, rng):
     probs = (scale * rng.dirichlet(np.ones(6), 20)).astype(np.float32)
     probs[0] = [0, 0, 1, 0, 0, 0]
     labels = rng.dirichlet(np.ones(6), 20).astype(np.float32)

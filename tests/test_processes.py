@@ -5,10 +5,13 @@ import json
 import numpy as np
 import pytest
 from distributed import COMPUTATIONS
+from grids import shortened
 from processes import run
 
 
-@pytest.mark.parametrize(("processes", "devices"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize(
+    ("processes", "devices"), shortened([(2, 2), (4, 2)], kept=[(2, 2)])
+)
 def test_processes_give_what_one_gives(processes, devices):
     program = "import distributed; distributed.main()"
     outputs = run(program, processes=processes, devices=devices)

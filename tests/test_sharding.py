@@ -77,7 +77,17 @@ def check_derivatives(case, batch, directions, results):
     np.testing.assert_allclose(gradient_dot["logits"], curved, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("setting", shards.SETTINGS, ids=str)
+EACH_SETTING = [
+    pytest.param(
+        setting,
+        id=str(setting),
+        marks=() if setting in shards.SETTINGS[2:4] else pytest.mark.exhaustive,
+    )
+    for setting in shards.SETTINGS
+]
+
+
+@pytest.mark.parametrize("setting", EACH_SETTING)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_sharded_is_the_oracle(case, setting, rng):
     special, plain = shards.batch(case, True), shards.batch(case, False)

@@ -81,7 +81,7 @@ def test_one_certain_id_is_that_id(margin, padding, rng):
 
 
 def test_the_largest_logit_need_not_be_the_most_probable(rng):
-    """A target that wins without being left out of the normaliser."""
+    """A target that wins without being left out of the normalizer."""
     logits = np.zeros((1, 7), np.float32)
     logits[0, 3] = 25
     indices, probs = np.array([[2, 3]]), np.array([[0.6, 0.4]], np.float32)

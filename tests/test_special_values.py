@@ -1,10 +1,13 @@
 """Special values, bad ids, masks and degenerate shapes, the same eagerly and in jit."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from grids import shortened
 
 import xent_jax
 
@@ -381,7 +384,7 @@ def test_a_batch_of_no_dimension(transform):
 
 @pytest.mark.once
 @both
-@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, -3])
+@pytest.mark.parametrize("axis", shortened([0, 1, 2, -1, -2, -3], kept=[1]))
 @pytest.mark.parametrize("loss", [INTEGER, DENSE, xent_jax.nll_loss])
 def test_any_axis(transform, axis, loss, rng):
     shape = (3, 4, 5)
@@ -412,8 +415,13 @@ def test_any_axis(transform, axis, loss, rng):
 
 @pytest.mark.once
 @both
-@pytest.mark.parametrize("axis", [(2, 3), (3, 2), (0, 2), (-1, 1), (1,), None])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("axis", "masked"),
+    shortened(
+        itertools.product([(2, 3), (3, 2), (0, 2), (-1, 1), (1,), None], [False, True]),
+        kept=[((3, 2), True), (None, False)],
+    ),
+)
 def test_several_axes(transform, axis, masked, rng):
     shape = (2, 3, 4, 5)
     logits = rng.standard_normal(shape).astype(np.float32)

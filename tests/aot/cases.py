@@ -1,7 +1,7 @@
 """The losses to compile, those of logits with the traffic that none can go below.
 
 The unit of traffic is a pass: one read or one write of an array of the logits' size.
-Where rows are normalised, one pass has to end before the next can begin:
+Where rows are normalized, one pass has to end before the next can begin:
 
 1. the maximum (or the sum, for probabilities) reads the logits,
 2. the sum of exponentials reads them again, with the dense labels if there are any,
@@ -144,7 +144,7 @@ CASES = (
     ),
     LogitsCase("linearized", _linearized, _linearized, ("targets",), 6),
     LogitsCase("categorical", _categorical, _categorical, ("targets",), 6),
-    # Nothing is normalised: each element is read once, with its label.
+    # Nothing is normalized: each element is read once, with its label.
     LogitsCase("sigmoid", _sigmoid, _sigmoid, ("targets",), 3),
     LogitsCase(
         "sigmoid-smoothing-weight",

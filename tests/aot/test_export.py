@@ -117,13 +117,16 @@ def test_every_public_function_has_a_case():
 
 
 @every(ALL_CASES)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.exhaustive)]
+)
 def test_value_and_gradient_survive_export(case, dtype):
     arguments = sample(case.arguments(SHAPE, dtype))
     call = exported_and_back(case.value_and_grad, arguments)
     assert_close(call(*arguments), jax.jit(case.value_and_grad)(*arguments))
 
 
+@pytest.mark.exhaustive
 @every(ONE_CASE_A_PROGRAM)
 def test_exported_value_can_be_differentiated(case):
     arguments = sample(case.arguments(SHAPE, "float32"))
@@ -136,6 +139,7 @@ def test_exported_value_can_be_differentiated(case):
     assert_close(jax.jit(exported_gradient)(*arguments), gradient)
 
 
+@pytest.mark.exhaustive
 @every(ONE_CASE_A_PROGRAM)
 def test_number_of_rows_may_stay_open(case):
     arguments = sample(case.arguments(SHAPE, "float32"))

@@ -15,7 +15,7 @@ if not compilers.has_tpu_compiler():
         allow_module_level=True,
     )
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.exhaustive]
 
 P = jax.P
 SIZES = Sizes(8192, 2048, 131072)

@@ -13,7 +13,7 @@ if not compilers.has_tpu_compiler():
         allow_module_level=True,
     )
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.exhaustive]
 
 FORMS = pytest.mark.parametrize("reduction", ["mean", None])
 

@@ -15,7 +15,7 @@ if not compilers.has_tpu_compiler():
         allow_module_level=True,
     )
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.exhaustive]
 
 INTEGER = xent_jax.softmax_cross_entropy_with_integer_labels
 DENSE = xent_jax.softmax_cross_entropy

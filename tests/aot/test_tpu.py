@@ -13,7 +13,7 @@ if not compilers.has_tpu_compiler():
         allow_module_level=True,
     )
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.exhaustive]
 
 # A number a row is 32 KiB, and most of those stay on the chip.
 LIMITS = {"temp_bytes": 4 * contracts.MEBIBYTE, "extra_bytes": 8 * contracts.MEBIBYTE}

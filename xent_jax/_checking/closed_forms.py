@@ -94,7 +94,7 @@ def _dense(ids: Array, probs: ArrayLike, keep_row: Array, classes: int) -> Array
 class _Softmax(NamedTuple):
     """The softmax of a row, with the complement of its largest probability exact."""
 
-    surprise: Array  # log-normaliser − x
+    surprise: Array  # log-normalizer − x
     probability: Array
     top: Array  # one True a row, at a largest logit
     complement: Array  # 1 − the largest probability

@@ -1,4 +1,4 @@
-"""Losses of numbers that are already normalised: log-probabilities, probabilities."""
+"""Losses of numbers that are already normalized: log-probabilities, probabilities."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def sinkhorn_targets(
         `-costs`. `-inf` forbids a pair: its target is 0.
       epsilon: Temperature of the assignment, above 0; it counts as a number of the
         dtype of the computation. Smaller is harder.
-      num_iters: How many times columns and rows are normalised, at least 1.
+      num_iters: How many times columns and rows are normalized, at least 1.
       tol: Stops early: once the column sums are within a fraction `tol` of N·prior, the
         iterations that remain change nothing and skip their work; `num_iters` is the
         most there are. `None` always makes `num_iters`.
@@ -145,14 +145,14 @@ def sinkhorn_cross_entropy(
     largest of their row is subtracted, so an offset common to a row costs no digits.
 
     Args:
-      logits: `float[N, K]`. Unnormalised log-probabilities of the samples' prototypes.
+      logits: `float[N, K]`. Unnormalized log-probabilities of the samples' prototypes.
         `-inf` is a prototype of probability 0; a NaN, a `+inf` or a row of `-inf` only
         makes the loss of that row NaN.
       scores: `float[N, K]`. Similarities, of which the targets are made; for costs,
         pass `-costs`.
       temperature: Above 0. What the logits are divided by; differentiable.
       epsilon: As of `sinkhorn_targets`, and so are the following.
-      num_iters: How many times columns and rows are normalised, at least 1.
+      num_iters: How many times columns and rows are normalized, at least 1.
       tol: Stops early, at this relative error of the column sums.
       where: `bool[N]`. Samples that count; the others have loss 0 and gradient 0,
         whatever their logits and scores hold.

@@ -45,7 +45,7 @@ def softmax_cross_entropy(
     targets and a few numbers a row.
 
     Args:
-      logits: `float[..., V]`. Unnormalised log-probabilities. `-inf` is a class of
+      logits: `float[..., V]`. Unnormalized log-probabilities. `-inf` is a class of
         probability 0; a NaN, a `+inf` or a row of `-inf` only makes that row NaN.
       labels: `[..., V]`, the shape of `logits`. Target mass of each class. Integer and
         boolean arrays are taken as numbers (a one-hot mask).
@@ -141,14 +141,14 @@ def softmax_cross_entropy_with_integer_labels(
 
     With options, the targets are those of `softmax_cross_entropy` for one-hot labels,
     without a one-hot array. Confident rows keep their loss and their gradient: the
-    label is left out of the normaliser instead of being subtracted from it.
+    label is left out of the normalizer instead of being subtracted from it.
 
     Cost: the logits are read twice for the value and once more for the gradient,
     whatever the options; a CPU takes one more with `label_smoothing`. The gradient
     keeps the logits and a few numbers a row.
 
     Args:
-      logits: `float[..., V]`. Unnormalised log-probabilities. `-inf` is a class of
+      logits: `float[..., V]`. Unnormalized log-probabilities. `-inf` is a class of
         probability 0 (loss `+inf` if it is the label); a NaN, a `+inf` or a row of
         `-inf` only makes that row NaN.
       labels: `int[...]`, the shape of `logits` without `axis`. Class ids in `[0, V)`;
@@ -250,7 +250,7 @@ def linearized_softmax_cross_entropy(
     are 0: the bracket is a constant. The gradient keeps the logits and the labels.
 
     Args:
-      logits: `float[..., V]`. Unnormalised log-probabilities. A class with `g = 0` adds
+      logits: `float[..., V]`. Unnormalized log-probabilities. A class with `g = 0` adds
         0, a logit of `-inf` included.
       labels: `[..., V]`, the shape of `logits`. Target mass of each class.
       axis: The axis of the classes, or several, or `None` for all of them.

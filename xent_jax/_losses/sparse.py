@@ -39,7 +39,7 @@ def softmax_cross_entropy_with_sparse_targets(
     `softmax_cross_entropy` of these targets: ids that repeat add up, and rows need not
     sum to one. One id with probability 1 has exactly the loss of
     `softmax_cross_entropy_with_integer_labels`, confident rows included: the most
-    probable id is left out of the normaliser.
+    probable id is left out of the normalizer.
 
     Cost: that of class ids, and K comparisons a logit in the gradient (on a TPU, on a
     GPU and with `class_axis_name` as many in the value, where a CPU gathers); for more

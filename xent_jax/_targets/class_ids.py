@@ -1,4 +1,4 @@
-"""Class ids as targets: the label is left out of the normaliser.
+"""Class ids as targets: the label is left out of the normalizer.
 
 Written the plain way, `logsumexp(x) − x[y]`, the difference of two rounded numbers
 loses every digit once the label wins by more than the precision of the dtype: the loss
@@ -46,12 +46,12 @@ class Results(NamedTuple):
     What a loss is composed of is 0 in a dropped row.
     """
 
-    loss: jax.Array  # log-normaliser − x_y
+    loss: jax.Array  # log-normalizer − x_y
     log_normalizer: jax.Array
-    others: jax.Array | None  # log-normaliser − x_k of K other labels, 0 for no class
-    uniform: jax.Array | None  # Σ_j w_j (log-normaliser − x_j) over the kept classes
+    others: jax.Array | None  # log-normalizer − x_k of K other labels, 0 for no class
+    uniform: jax.Array | None  # Σ_j w_j (log-normalizer − x_j) over the kept classes
     label_weight: jax.Array | None  # w_y
-    entropy: jax.Array | None  # Σ_j p_j (log-normaliser − x_j)
+    entropy: jax.Array | None  # Σ_j p_j (log-normalizer − x_j)
     prediction: jax.Array | None  # int32, −1 where there is no largest logit
     statistics: RowStatistics  # what derivatives are made of
     total_weight: jax.Array | None  # Σ_j w_j over the kept classes, for `uniform`
@@ -296,7 +296,7 @@ def _other_losses(
 
 
 def _uniform_loss(sums: UniformSums, row: label_row.Row) -> jax.Array:
-    """Returns Σ_j w_j (log-normaliser − x_j), from non-negative terms alone."""
+    """Returns Σ_j w_j (log-normalizer − x_j), from non-negative terms alone."""
     statistics = row.statistics
     # Where every rival is impossible the pivot is a stand-in, and so is the rise.
     rise = jnp.where(sums.rivals == 0, 0, statistics.largest - statistics.pivot)
@@ -306,7 +306,7 @@ def _uniform_loss(sums: UniformSums, row: label_row.Row) -> jax.Array:
 
 
 def _entropy(distance: jax.Array, row: label_row.Row) -> jax.Array:
-    """Returns Σ_j p_j (log-normaliser − x_j), from non-negative terms alone."""
+    """Returns Σ_j p_j (log-normalizer − x_j), from non-negative terms alone."""
     statistics = row.statistics
     rise = (statistics.largest - statistics.pivot) + statistics.log_mass
     rivals = statistics.rival_scale * distance
@@ -319,7 +319,7 @@ class Coefficients(NamedTuple):
 
     loss: jax.Array | None
     uniform: jax.Array | None
-    square: jax.Array | None  # of the log-normaliser
+    square: jax.Array | None  # of the log-normalizer
     others: jax.Array | None = None  # K of them; the label's loss then has none
 
 

@@ -1,4 +1,4 @@
-"""Dense targets: one occurrence of the largest logit is left out of the normaliser.
+"""Dense targets: one occurrence of the largest logit is left out of the normalizer.
 
 With m the largest logit, r = Σ_{x<m} exp(x − m) + (number of maxima − 1) needs no arg
 max, and the loss is Σ t_j (m − x_j) + T·log1p(r), T the sum of the targets: a sum of
@@ -46,7 +46,7 @@ class TargetStatistics(NamedTuple):
 class Results(NamedTuple):
     """Per row, of size 1 along the class axis; the first two are 0 in a dropped row."""
 
-    loss: jax.Array  # Σ t_j (log-normaliser − x_j)
+    loss: jax.Array  # Σ t_j (log-normalizer − x_j)
     log_normalizer: jax.Array
     statistics: TargetStatistics
 

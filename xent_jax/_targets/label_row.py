@@ -15,7 +15,7 @@ class RowStatistics(NamedTuple):
     """
 
     largest: jax.Array  # the largest logit
-    log_mass: jax.Array  # log-normaliser − largest
+    log_mass: jax.Array  # log-normalizer − largest
     pivot: jax.Array  # the best rival, 0 where there is none
     rival_scale: jax.Array
     rival_mass: jax.Array  # 1 − p_y
@@ -25,7 +25,7 @@ class RowStatistics(NamedTuple):
 class Row(NamedTuple):
     """The loss of a row, and more."""
 
-    loss: jax.Array  # log-normaliser − label's logit
+    loss: jax.Array  # log-normalizer − label's logit
     log_normalizer: jax.Array
     statistics: RowStatistics
 
@@ -75,7 +75,7 @@ def statistics(best_rival: jax.Array, rivals: jax.Array, label_logit: jax.Array)
 def tangents(
     statistics: RowStatistics, loss_dot: jax.Array, log_normalizer_dot: jax.Array
 ) -> RowStatistics:
-    """Returns the tangents of the statistics, from those of loss and log-normaliser.
+    """Returns the tangents of the statistics, from those of loss and log-normalizer.
 
     The largest logit and the pivot are constants: what they shift does not depend on
     them.

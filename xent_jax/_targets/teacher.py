@@ -3,7 +3,7 @@
 With q the first distribution, p the second and δ = log p − log q, the divergence is
 Σ q·(exp(δ) − 1 − δ): a sum of non-negative terms, of which those of near distributions
 are a power series in δ, so that a divergence of 1e-9 keeps its digits and that of equal
-logits is 0. It needs no exact normalisers. With p̃ and q̃ off by factors P and Q, and
+logits is 0. It needs no exact normalizers. With p̃ and q̃ off by factors P and Q, and
 d = log p̃ − log q̃,
 
     divergence = Σ q̃·(exp(d) − 1 − d) / Q − (e − log1p(e)),  e = (P − Q) / Q
@@ -68,8 +68,8 @@ class TeacherStatistics(NamedTuple):
     """What derivatives are made of, relative to the pivot."""
 
     pivot: Pivot
-    student: jax.Array  # log-normaliser of the student
-    teacher: jax.Array  # log-normaliser of the teacher
+    student: jax.Array  # log-normalizer of the student
+    teacher: jax.Array  # log-normalizer of the teacher
     shift: jax.Array  # their difference, accurate where the two are near
 
 
