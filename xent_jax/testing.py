@@ -191,6 +191,8 @@ def forward_mode(
         classes = [k for k in range(truth.ndim) if magnitude.shape[k] != truth.shape[k]]
         axis = classes[0] if classes else -1
         size, truth = size.sum(axis), truth.sum(axis)
+    if slope.ndim < truth.ndim:  # one number of all examples
+        size, truth = size.sum(), truth.sum()
     return in_magnitudes(slope, size), in_magnitudes(truth, size)
 
 
