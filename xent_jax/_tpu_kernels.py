@@ -1,0 +1,454 @@
+"""A block of rows of the linear head in two TPU kernels, without its logits in memory.
+
+`forward` makes the logits of a tile of classes in vector memory and keeps
+exp(x − pivot) of them, in the features' dtype, and a few sums a row; `backward` makes
+the gradient of a tile once and multiplies it by the kernel and by the features. With
+the numbers a row between them that is the loss and its gradient in three matmuls, in
+which nothing of the size of the logits is read or written in float32.
+
+A tile has its own pivot a row, the best of its rivals, which are its classes without
+the row's label. The label is in no maximum and in no sum, and its gradient is a number
+that the caller has: nothing here subtracts two numbers that are nearly equal.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+# The pivot of a tile without a rival: finite, so that −inf minus it is −inf.
+LOWEST = float(np.finfo(np.float32).min)
+# Of 32 bits where Python's would be of 64, with `jax_enable_x64`.
+_ZERO = np.int32(0)
+_IN_MAIN_MEMORY = pl.BlockSpec(memory_space=pl.ANY)
+
+
+class Tiling(NamedTuple):
+    """Sizes of a block of rows and of its tiles; static."""
+
+    rows: int  # R, all of which are in vector memory
+    row_chunk: int  # rows that are multiplied at a time; divides R
+    classes: int  # of a tile
+    memory: int  # bytes of vector memory that the compiler may use
+    interpret: Any = False  # as `pallas_call` takes it
+
+    def tiles(self, classes: int) -> int:
+        """Returns T, the number of tiles of V classes."""
+        return -(-classes // self.classes)
+
+    def class_row(self, row: jax.Array, fill: float) -> jax.Array:
+        """Returns [1, V] numbers with `fill` up to whole tiles, [1, V']."""
+        missing = self.tiles(row.shape[1]) * self.classes - row.shape[1]
+        return jnp.pad(row, ((0, 0), (0, missing)), constant_values=fill)
+
+
+class Block(NamedTuple):
+    """What makes the logits of R rows; `None` where not used.
+
+        x[n, j] = scale[n]·(hidden[n]·kernel[:, j] + offset[j])
+
+    Where V is no whole number of tiles, `offset` is asked for, and −inf behind V; and
+    with a spread `weights`, which are 0 there.
+    """
+
+    hidden: jax.Array  # bfloat16[R, D]
+    kernel: jax.Array  # bfloat16[D, V]
+    labels: jax.Array  # int32[R, 1], −1 where the label is no class here
+    scale: jax.Array | None = None  # float32[R, 1], positive
+    offset: jax.Array | None = None  # float32[1, V'], −inf for a dropped class
+    weights: jax.Array | None = None  # float32[1, V'], 0 for a dropped class
+
+
+class Tiles(NamedTuple):
+    """Numbers a row and tile, float32[R, T'], of which the first T columns are set."""
+
+    pivot: jax.Array  # the best rival, at least `LOWEST`
+    rivals: jax.Array  # Σ_{j≠y} exp(x_j − pivot)
+    label_logit: jax.Array  # 0 in the tiles without the label
+    below: jax.Array | None  # Σ_{j≠y} w_j (pivot − x_j)
+
+
+class Slopes(NamedTuple):
+    """What the gradient by the logits of a row is made of.
+
+    It is factor·kept − spread·w_j for a rival j, and `label` for the label.
+    """
+
+    factor: jax.Array  # float32[R, T']
+    label: jax.Array  # float32[R, 1]
+    spread: jax.Array | None  # float32[R, 1]
+
+
+class KernelSum(NamedTuple):
+    """Where the kernel's gradient is added up, and where it leaves; both in place."""
+
+    total: jax.Array | None  # float32[D, V]; `None` for a sum over one block
+    result: jax.Array | None  # [≥ D, V], in its dtype; `None` where float32 leaves
+
+
+class _References:
+    """The references of a kernel by the names of its operands."""
+
+    def __init__(self, references: dict[str, Any]):
+        self._references = references
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns a reference, `None` for an operand that is not there."""
+        return self._references.get(name)
+
+
+class _Operand(NamedTuple):
+    """An array that a kernel reads, or the shape of one that it writes."""
+
+    array: Any
+    spec: pl.BlockSpec
+
+
+def uninitialized(shape: tuple[int, ...], dtype: Any, tiling: Tiling) -> jax.Array:
+    """Returns an array that nothing has been written to, which takes no time."""
+    return pl.pallas_call(
+        lambda out_ref: None,
+        out_shape=jax.ShapeDtypeStruct(shape, dtype),
+        out_specs=_IN_MAIN_MEMORY,
+        interpret=tiling.interpret,
+        name="xent_uninitialized",
+    )()
+
+
+def forward(
+    tiling: Tiling, block: Block, kept: jax.Array, *, spread: bool
+) -> tuple[jax.Array, Tiles]:
+    """Returns exp(x − pivot) of the tiles' pivots, and the tiles' sums.
+
+    Args:
+      tiling: static.
+      block: of R rows.
+      kept: bfloat16[≥ R, V], of which the first R rows are written over, in place.
+      spread: whether the sums for evenly spread targets are wanted.
+    """
+    inputs = _block_operands(tiling, block)
+    inputs["kept_before"] = _Operand(kept, _IN_MAIN_MEMORY)
+    tiles = tiling.tiles(block.kernel.shape[1])
+    shape = tiling.rows, -(-tiles // LANES) * LANES
+    numbers = _Operand(jax.ShapeDtypeStruct(shape, jnp.float32), _column(tiling))
+    outputs = {
+        "kept": _Operand(kept, _at((tiling.rows, tiling.classes))),
+        "pivot": numbers,
+        "rivals": numbers,
+        "label_logit": numbers,
+    }
+    if spread:
+        outputs["below"] = numbers
+    results = _call(
+        functools.partial(_forward_kernel, tiling, block.kernel.shape[1]),
+        tiling,
+        jnp.zeros(2, jnp.int32),
+        (inputs, outputs, {}),
+        {"kept_before": "kept"},
+        "xent_forward",
+    )
+    kept = results.pop("kept")
+    return kept, Tiles(**{"below": None, **results})
+
+
+def backward(
+    tiling: Tiling,
+    block: Block,
+    kept: jax.Array,
+    slopes: Slopes,
+    kernel_sum: KernelSum,
+    place: jax.Array,
+    *,
+    bias: bool,
+) -> tuple[jax.Array, jax.Array | None, KernelSum]:
+    """Returns a block's gradients by its features and its bias, and adds the kernel's.
+
+    Args:
+      tiling: static.
+      block: as of `forward`.
+      kept: as `forward` returned it.
+      slopes: of the rows.
+      kernel_sum: the sum over the blocks before. Its `result` may be `kept` itself.
+      place: int32[2]: whether this is the first block, when nothing is read of `total`;
+        whether it is the last, when `result` is set, and `total` is not.
+      bias: whether the gradient by the bias is wanted.
+
+    Returns:
+      float32[R, D]; float32[1, V'] or `None`; and the sum with this block.
+    """
+    features, classes = block.kernel.shape
+    tile = features, tiling.classes
+    inputs = _block_operands(tiling, block)
+    inputs["kept"] = _Operand(kept, _at((tiling.rows, tiling.classes)))
+    inputs["factor"] = _Operand(slopes.factor, _column(tiling))
+    inputs["label"] = _whole(slopes.label)
+    if slopes.spread is not None:
+        inputs["spread"] = _whole(slopes.spread)
+    shape = jax.ShapeDtypeStruct((tiling.rows, features), jnp.float32)
+    outputs, aliases = {"hidden_bar": _whole(shape)}, {}
+    if bias:
+        count = tiling.tiles(classes) * tiling.classes
+        shape = jax.ShapeDtypeStruct((1, count), jnp.float32)
+        outputs["bias_bar"] = _Operand(shape, _at((1, tiling.classes)))
+    total, result = kernel_sum
+    if total is not None:
+        inputs["total_before"] = _Operand(total, _at(tile, "not first"))
+        when = "always" if result is None else "not last"
+        outputs["total"] = _Operand(total, _at(tile, when))
+        aliases["total_before"] = "total"
+    if result is not None:
+        when = "always" if total is None else "last"
+        outputs["result"] = _Operand(result, _at(tile, when))
+        if result is not kept:
+            inputs["result_before"] = _Operand(result, _IN_MAIN_MEMORY)
+        aliases["kept" if result is kept else "result_before"] = "result"
+    scratch = {"gradient": pltpu.VMEM((tiling.rows, tiling.classes), kept.dtype)}
+    results = _call(
+        functools.partial(_backward_kernel, tiling, classes),
+        tiling,
+        place,
+        (inputs, outputs, scratch),
+        aliases,
+        "xent_backward",
+    )
+    kernel_sum = KernelSum(results.get("total"), results.get("result"))
+    return results["hidden_bar"], results.get("bias_bar"), kernel_sum
+
+
+def _forward_kernel(tiling: Tiling, classes: int, refs: Any) -> None:
+    """Makes the logits of a tile, and all that is kept of them."""
+    tile = pl.program_id(0)
+    _clear_behind(classes, refs.kernel)
+    for start in range(0, tiling.rows, tiling.row_chunk):
+        rows = pl.ds(start, tiling.row_chunk)
+        logits = _product(refs.hidden[rows, :], refs.kernel[...], (1, 0))
+        if refs.offset is not None:
+            logits = logits + refs.offset[...]
+        if refs.scale is not None:
+            logits = logits * refs.scale[rows, :]
+        hit = _hit(tiling, refs, rows, tile)
+        rivals = jnp.where(hit, -jnp.inf, logits)
+        pivot = jnp.maximum(jnp.max(rivals, axis=1, keepdims=True), LOWEST)
+        power = jnp.exp(rivals - pivot)
+        refs.kept[rows, :] = power.astype(refs.kept.dtype)
+        numbers = {
+            "pivot": pivot,
+            "rivals": _row_sum(power),
+            "label_logit": _row_sum(jnp.where(hit, logits, 0)),
+        }
+        if refs.below is not None:
+            below, absent = pivot - rivals, hit
+            if refs.weights is not None:
+                # A weight of 0 drops an infinite difference.
+                absent = hit | (refs.weights[...] == 0)
+            below = jnp.where(absent, 0, below)
+            if refs.weights is not None:
+                below = below * refs.weights[...]
+            numbers["below"] = _row_sum(below)
+        _put(refs, numbers, rows, tile)
+
+
+def _backward_kernel(tiling: Tiling, classes: int, refs: Any) -> None:
+    """Makes the gradient of a tile of logits, and what it adds to all others."""
+    tile = pl.program_id(0)
+    _clear_behind(classes, refs.kernel)
+    _clear_behind(classes, refs.kept)
+    here = _lanes((tiling.row_chunk, LANES)) == tile % LANES
+    bias = 0
+    for start in range(0, tiling.rows, tiling.row_chunk):
+        rows = pl.ds(start, tiling.row_chunk)
+        factor = _row_sum(jnp.where(here, refs.factor[rows, :], 0))
+        slope = refs.kept[rows, :].astype(jnp.float32) * factor
+        if refs.spread is not None and refs.weights is not None:
+            slope = slope - refs.spread[rows, :] * refs.weights[...]
+        elif refs.spread is not None:
+            slope = slope - refs.spread[rows, :]
+        slope = jnp.where(_hit(tiling, refs, rows, tile), refs.label[rows, :], slope)
+        if refs.bias_bar is not None:
+            bias = bias + jnp.sum(slope, axis=0, keepdims=True)
+        slope = slope.astype(refs.gradient.dtype)
+        refs.gradient[rows, :] = slope
+        before = jnp.where(tile == 0, 0, refs.hidden_bar[rows, :])
+        refs.hidden_bar[rows, :] = before + _product(slope, refs.kernel[...], (1, 1))
+    if refs.bias_bar is not None:
+        refs.bias_bar[...] = bias
+    total = _product(refs.hidden[...], refs.gradient[...], (0, 0))
+    if refs.total_before is not None:
+        total = total + jnp.where(refs.place[0] == 1, 0, refs.total_before[...])
+        refs.total[...] = total
+    if refs.result is not None:
+        refs.result[...] = total.astype(refs.result.dtype)
+
+
+def _product(
+    left: jax.Array, right: jax.Array, contracted: tuple[int, int]
+) -> jax.Array:
+    """Returns a product of half-precision matrices in float32."""
+    return jax.lax.dot_general(
+        left,
+        right,
+        ((contracted[:1], contracted[1:]), ((), ())),
+        # Products of half-precision numbers are exact, whatever the caller's default.
+        precision=jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _row_sum(terms: jax.Array) -> jax.Array:
+    return jnp.sum(terms, axis=1, keepdims=True)
+
+
+def _lanes(shape: tuple[int, int]) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def _hit(tiling: Tiling, refs: Any, rows: Any, tile: jax.Array) -> jax.Array:
+    """Returns which class of a tile is the label of its row."""
+    labels = refs.labels[rows, :] - tile * tiling.classes
+    return _lanes((tiling.row_chunk, tiling.classes)) == labels
+
+
+def _put(refs: Any, numbers: dict[str, jax.Array], rows: Any, tile: jax.Array) -> None:
+    """Sets a tile's numbers a row, which are one lane of what is in vector memory."""
+    for name, number in numbers.items():
+        ref = getattr(refs, name)
+        here = _lanes((number.shape[0], LANES)) == tile % LANES
+        ref[rows, :] = jnp.where(here, number, ref[rows, :])
+
+
+def _clear_behind(classes: int, ref: Any) -> None:
+    """Sets what lies behind the last class to 0, in the last tile.
+
+    It is not read from main memory, so that anything may stand there, and a product
+    adds it up, if only with factors of 0.
+    """
+    count = ref.shape[1]
+    inside = classes % count
+    if inside == 0:
+        return
+
+    @pl.when(pl.program_id(0) == pl.num_programs(0) - 1)
+    def _() -> None:
+        whole = inside // LANES * LANES
+        if inside > whole:
+            # In float32, because not every chip selects half-precision numbers.
+            last = ref[:, whole : whole + LANES].astype(jnp.float32)
+            last = jnp.where(_lanes(last.shape) < inside - whole, last, 0)
+            ref[:, whole : whole + LANES] = last.astype(ref.dtype)
+            whole += LANES
+        if whole < count:
+            shape = ref.shape[0], count - whole
+            ref[:, whole:] = jnp.zeros(shape, ref.dtype)
+
+
+def _block_operands(tiling: Tiling, block: Block) -> dict[str, _Operand]:
+    """Returns the operands of both kernels."""
+    tile = 1, tiling.classes
+    operands = {
+        "hidden": _whole(block.hidden),
+        "kernel": _Operand(block.kernel, _at((block.hidden.shape[1], tile[1]))),
+        "labels": _whole(block.labels),
+    }
+    if block.scale is not None:
+        operands["scale"] = _whole(block.scale)
+    if block.offset is not None:
+        operands["offset"] = _Operand(block.offset, _at(tile))
+    if block.weights is not None:
+        operands["weights"] = _Operand(block.weights, _at(tile))
+    return operands
+
+
+def _whole(array: Any) -> _Operand:
+    """Returns an operand that is in vector memory from the first tile to the last."""
+    spec = pl.BlockSpec(
+        array.shape, lambda j, place: (_ZERO, _ZERO), pipeline_mode=pl.Buffered(1)
+    )
+    return _Operand(array, spec)
+
+
+def _at(shape: tuple[int, int], when: str = "always") -> pl.BlockSpec:
+    """Returns where the block of a tile of classes is, but the first while not wanted.
+
+    A block that stays the same from tile to tile is moved once, not for every tile.
+    """
+    wanted = {
+        "always": lambda place: 1,
+        "not first": lambda place: 1 - place[0],
+        "not last": lambda place: 1 - place[1],
+        "last": lambda place: place[1],
+    }[when]
+    return pl.BlockSpec(shape, lambda j, place: (_ZERO, j * wanted(place)))
+
+
+def _column(tiling: Tiling) -> pl.BlockSpec:
+    """Returns where the numbers a row of a tile are."""
+    return pl.BlockSpec((tiling.rows, LANES), lambda j, place: (_ZERO, j // LANES))
+
+
+def _shape_like(array: Any, reference: jax.Array) -> jax.ShapeDtypeStruct:
+    """Returns the shape of an output that varies over a mesh as `reference` does."""
+    kind, options = jax.typeof(reference), {}
+    if hasattr(kind, "manual_axis_type"):
+        options["manual_axis_type"] = kind.manual_axis_type
+    elif getattr(kind, "vma", None):  # its name before jax 0.8
+        options["vma"] = kind.vma
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, **options)
+
+
+def _call(
+    body: Callable[[Any], None],
+    tiling: Tiling,
+    place: jax.Array,
+    operands: tuple[dict[str, Any], dict[str, Any], dict[str, Any]],
+    aliases: dict[str, str],
+    name: str,
+) -> dict[str, jax.Array]:
+    """Returns the outputs of a kernel that goes over the tiles of classes.
+
+    Args:
+      body: takes a namespace of references, `None` for an operand that is not there.
+      tiling: static.
+      place: int32[2], which the index maps see.
+      operands: inputs, outputs and scratch memory by name.
+      aliases: which input an output is written over.
+      name: of the kernel, in profiles.
+    """
+    inputs, outputs, scratch = operands
+    names = ["place", *inputs, *outputs, *scratch]
+
+    def kernel(*refs: Any) -> None:
+        body(_References(dict(zip(names, refs, strict=True))))
+
+    like = inputs["hidden"].array
+    classes = inputs["kernel"].array.shape[1]
+    if tiling.interpret and classes % tiling.classes:
+        # JAX's interpreters return an output over a ragged input as they pad it. No
+        # result depends on what is in an output before.
+        aliases = {}
+    results = pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(tiling.tiles(classes),),
+            in_specs=[operand.spec for operand in inputs.values()],
+            out_specs=[operand.spec for operand in outputs.values()],
+            scratch_shapes=list(scratch.values()),
+        ),
+        out_shape=[_shape_like(o.array, like) for o in outputs.values()],
+        input_output_aliases={
+            names.index(source): list(outputs).index(target)
+            for source, target in aliases.items()
+        },
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary",), vmem_limit_bytes=tiling.memory
+        ),
+        interpret=tiling.interpret,
+        name=name,
+    )(place, *(operand.array for operand in inputs.values()))
+    return dict(zip(outputs, results, strict=True))
