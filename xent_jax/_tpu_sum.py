@@ -5,6 +5,7 @@ float32: a tile's sums add up to a block's statistics, the sums of all shards of
 classes to a row's, and these settle the slopes that the second kernel takes.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -29,23 +30,32 @@ from xent_jax._tpu_kernels import (
     uninitialized,
 )
 
-# Bytes of vector memory of one core, by `jax.Device.device_kind`. Chips that are not
-# listed have too little for tiles that keep the matrix unit busy.
-_VECTOR_MEMORY = {
-    "TPU v5 lite": 128 * 2**20,
-    "TPU v5e": 128 * 2**20,
-    "TPU v5": 64 * 2**20,
-    "TPU v5p": 64 * 2**20,
-    "TPU v6 lite": 128 * 2**20,
-    "TPU v6e": 128 * 2**20,
-    "TPU7x": 64 * 2**20,
+
+class _Chip(NamedTuple):
+    """What the sizes of blocks and tiles follow from, of one JAX device."""
+
+    memory: int  # bytes of vector memory
+    ridge: int  # operations that it does while a byte comes from main memory
+
+
+_V5E, _V6E = _Chip(128 * 2**20, 300), _Chip(128 * 2**20, 700)
+_V5P, _V7 = _Chip(64 * 2**20, 210), _Chip(64 * 2**20, 390)
+# By `jax.Device.device_kind`. The chips before these have too little vector memory for
+# tiles that keep the matrix unit busy.
+_CHIPS = {
+    "TPU v5 lite": _V5E,
+    "TPU v5e": _V5E,
+    "TPU v5": _V5P,
+    "TPU v5p": _V5P,
+    "TPU v6 lite": _V6E,
+    "TPU v6e": _V6E,
+    "TPU7x": _V7,
 }
-# What the compiler keeps for itself.
-_MARGIN = 4 * 2**20
-_MOST_ROWS = 2048
+# The part of the vector memory that a tiling leaves to the compiler, as 1 of so many.
+_MARGIN = 16
+_BLOCK_ROWS = 2048, 1536, 1024, 768, 512, 256
 _ROW_CHUNK = 512
-_MOST_CLASSES = 1024
-_FEWEST_CLASSES = 256
+_TILE_CLASSES = 1024, 768, 512, 256
 # Half-precision numbers lie in registers in pairs of 8 rows.
 _ROW_UNIT = 16
 
@@ -86,10 +96,6 @@ def tiling(
 ) -> Tiling | None:
     """Returns the sizes of blocks and tiles, `None` where the kernels do not run.
 
-    A block of R rows reads the kernel and its gradient once, so that a chip computes
-    longer than it waits only from about 2000 rows on: the largest block comes first,
-    then the largest tile.
-
     Args:
       rows: N.
       features: D, a whole number of lanes.
@@ -97,16 +103,35 @@ def tiling(
       chip: its `jax.Device.device_kind`.
       itemsize: bytes of a number of the kernel's gradient.
     """
-    memory = _VECTOR_MEMORY.get(chip)
-    if memory is None or features % LANES or not rows or not features:
+    if chip not in _CHIPS or features % LANES or 0 in (rows, features, classes):
         return None
-    for most in (_MOST_ROWS, _MOST_ROWS // 2, _MOST_ROWS // 4):
+    memory, ridge = _CHIPS[chip]
+    margin = memory // _MARGIN
+    least, best = math.inf, None
+    for most in _BLOCK_ROWS:
         block, chunk = _rows(rows, most)
-        for tile in _tiles(classes):
-            needed = _needed(block, chunk, features, tile, itemsize)
-            if needed + _MARGIN <= memory:
-                return Tiling(block, chunk, tile, memory - _MARGIN // 2)
-    return None
+        for tile in _TILE_CLASSES:
+            tile = min(tile, -(-classes // LANES) * LANES)
+            if _needed(block, chunk, features, tile, itemsize) + margin > memory:
+                continue
+            padded = -(-rows // block) * block / rows
+            cost = padded * _cost(block, features, classes, tile, ridge)
+            if cost < least:
+                least = cost
+                best = Tiling(block, chunk, tile, memory - margin // 2)
+    return best
+
+
+def _cost(rows: int, features: int, classes: int, tile: int, ridge: int) -> float:
+    """Returns about how long `backward` takes, in its matmuls' time for V classes.
+
+    It reads the kernel and what is kept, and reads and writes the sum of the kernel's
+    gradients; it adds to the features' gradient once a tile. What lies behind the last
+    class is computed with, and takes care.
+    """
+    moved = (10 * features + 2 * rows) / (4 * rows * features) * ridge
+    computed = -(-classes // tile) * tile / classes * (1 + 32 / tile)
+    return max(moved, computed)
 
 
 def _rows(rows: int, most: int) -> tuple[int, int]:
@@ -116,19 +141,6 @@ def _rows(rows: int, most: int) -> tuple[int, int]:
     chunks = -(-size // _ROW_CHUNK)
     chunk = -(-size // (chunks * _ROW_UNIT)) * _ROW_UNIT
     return chunks * chunk, chunk
-
-
-def _tiles(classes: int) -> list[int]:
-    """Returns sizes of a tile of classes, the best first.
-
-    One that divides V needs no care behind the last class.
-    """
-    whole = -(-classes // LANES) * LANES
-    if whole <= _FEWEST_CLASSES:
-        return [whole]
-    sizes = range(_MOST_CLASSES, _FEWEST_CLASSES - 1, -_FEWEST_CLASSES)
-    sizes = [size for size in sizes if size < whole + _FEWEST_CLASSES]
-    return sorted(sizes, key=lambda size: (classes % size != 0 and size > 512, -size))
 
 
 def _needed(rows: int, chunk: int, features: int, tile: int, itemsize: int) -> int:
