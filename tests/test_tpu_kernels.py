@@ -14,8 +14,8 @@ import xent_jax
 from xent_jax import _tpu_sum
 from xent_jax._class_axis import ClassAxis
 from xent_jax._label_terms import Coefficients
-from xent_jax._tpu_kernels import Tiling
 from xent_jax._tpu_sum import Head
+from xent_jax._tpu_tiling import Tiling, fits, tiling_of
 
 # Rows, features and classes; tiles of 128 classes and blocks of 32 rows.
 SHAPES = [
@@ -111,9 +111,10 @@ def truth_of(head: Head) -> tuple[float, list[np.ndarray]]:
     normalizer = top + np.log(np.exp(logits - top).sum(axis=1, keepdims=True))
     softmax = np.exp(logits - normalizer)
     hit = np.arange(classes)[None] == head.labels
+    own = np.where(hit, plain, 0).sum(axis=1, keepdims=True)
     weights = weights * mask
     terms = (
-        loss * (normalizer - plain[hit][:, None])
+        loss * np.log1p(np.where(hit, 0, np.exp(logits - own)).sum(1, keepdims=True))
         + spread * (weights * (normalizer - plain)).sum(axis=1, keepdims=True)
         + square * normalizer**2
     )
@@ -197,7 +198,7 @@ def test_confident_rows_keep_their_digits(margin, rng):
     head = head_of(rng, (40, 128, 300), margin=margin)
     total, (by_hidden, by_kernel, _) = value_and_gradients(TILING, head)
     truth, (hidden, kernel, _) = truth_of(head)
-    assert 0 < truth < 1e-6
+    assert 0 < truth < 1e-3
     np.testing.assert_allclose(float(total), truth, rtol=1e-4)
     assert relative_error(by_hidden, hidden) < 6e-3
     assert relative_error(by_kernel, kernel) < 6e-3
@@ -248,13 +249,13 @@ def test_label_of_a_dropped_class(rng):
 @pytest.mark.parametrize("chip", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"])
 def test_sizes_of_tiles(chip, itemsize):
     for rows, features, classes in [(1, 128, 1), (8519, 768, 50257), (40, 2048, 9000)]:
-        tiling = _tpu_sum.tiling(rows, features, classes, chip, itemsize)
+        tiling = tiling_of(rows, features, classes, chip, itemsize)
         blocks = -(-rows // tiling.rows)
         assert tiling.rows % tiling.row_chunk == 0
         assert blocks * tiling.rows - rows < 16 * blocks * (1 + tiling.rows // 512)
         assert tiling.classes % 128 == 0
         assert tiling.memory < 128 * 2**20
-        assert _tpu_sum.fits(rows, features, classes, chip, itemsize)
+        assert fits(rows, features, classes, chip, itemsize)
 
 
 @pytest.mark.parametrize(
@@ -270,4 +271,4 @@ def test_sizes_of_tiles(chip, itemsize):
     ids=str,
 )
 def test_what_does_not_fit(sizes, chip):
-    assert not _tpu_sum.fits(*sizes, chip)
+    assert not fits(*sizes, chip)

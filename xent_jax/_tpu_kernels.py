@@ -12,7 +12,6 @@ that the caller has: nothing here subtracts two numbers that are nearly equal.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -21,31 +20,18 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from xent_jax._tpu_calls import (
+    IN_MAIN_MEMORY,
+    Operand,
+    call,
+    column_at,
+    tile_at,
+    whole,
+)
+from xent_jax._tpu_tiling import LANES, Tiling
+
 # The pivot of a tile without a rival: finite, so that −inf minus it is −inf.
 LOWEST = float(np.finfo(np.float32).min)
-# Of 32 bits where Python's would be of 64, with `jax_enable_x64`.
-_ZERO = np.int32(0)
-_IN_MAIN_MEMORY = pl.BlockSpec(memory_space=pl.ANY)
-
-
-class Tiling(NamedTuple):
-    """Sizes of a block of rows and of its tiles; static."""
-
-    rows: int  # R, all of which are in vector memory
-    row_chunk: int  # rows that are multiplied at a time; divides R
-    classes: int  # of a tile
-    memory: int  # bytes of vector memory that the compiler may use
-    interpret: Any = False  # as `pallas_call` takes it
-
-    def tiles(self, classes: int) -> int:
-        """Returns T, the number of tiles of V classes."""
-        return -(-classes // self.classes)
-
-    def class_row(self, row: jax.Array, fill: float) -> jax.Array:
-        """Returns [1, V] numbers with `fill` up to whole tiles, [1, V']."""
-        missing = self.tiles(row.shape[1]) * self.classes - row.shape[1]
-        return jnp.pad(row, ((0, 0), (0, missing)), constant_values=fill)
 
 
 class Block(NamedTuple):
@@ -92,35 +78,6 @@ class KernelSum(NamedTuple):
     result: jax.Array | None  # [≥ D, V], in its dtype; `None` where float32 leaves
 
 
-class _References:
-    """The references of a kernel by the names of its operands."""
-
-    def __init__(self, references: dict[str, Any]):
-        self._references = references
-
-    def __getattr__(self, name: str) -> Any:
-        """Returns a reference, `None` for an operand that is not there."""
-        return self._references.get(name)
-
-
-class _Operand(NamedTuple):
-    """An array that a kernel reads, or the shape of one that it writes."""
-
-    array: Any
-    spec: pl.BlockSpec
-
-
-def uninitialized(shape: tuple[int, ...], dtype: Any, tiling: Tiling) -> jax.Array:
-    """Returns an array that nothing has been written to, which takes no time."""
-    return pl.pallas_call(
-        lambda out_ref: None,
-        out_shape=jax.ShapeDtypeStruct(shape, dtype),
-        out_specs=_IN_MAIN_MEMORY,
-        interpret=tiling.interpret,
-        name="xent_uninitialized",
-    )()
-
-
 def forward(
     tiling: Tiling, block: Block, kept: jax.Array, *, spread: bool
 ) -> tuple[jax.Array, Tiles]:
@@ -133,24 +90,25 @@ def forward(
       spread: whether the sums for evenly spread targets are wanted.
     """
     inputs = _block_operands(tiling, block)
-    inputs["kept_before"] = _Operand(kept, _IN_MAIN_MEMORY)
+    inputs["kept_before"] = Operand(kept, IN_MAIN_MEMORY)
     tiles = tiling.tiles(block.kernel.shape[1])
     shape = tiling.rows, -(-tiles // LANES) * LANES
-    numbers = _Operand(jax.ShapeDtypeStruct(shape, jnp.float32), _column(tiling))
+    numbers = Operand(jax.ShapeDtypeStruct(shape, jnp.float32), column_at(tiling))
     outputs = {
-        "kept": _Operand(kept, _at((tiling.rows, tiling.classes))),
+        "kept": Operand(kept, tile_at((tiling.rows, tiling.classes))),
         "pivot": numbers,
         "rivals": numbers,
         "label_logit": numbers,
     }
     if spread:
         outputs["below"] = numbers
-    results = _call(
+    results = call(
         functools.partial(_forward_kernel, tiling, block.kernel.shape[1]),
         tiling,
         jnp.zeros(2, jnp.int32),
         (inputs, outputs, {}),
         {"kept_before": "kept"},
+        _cost(tiling, block, matmuls=1, of_kernel=2),
         "xent_forward",
     )
     kept = results.pop("kept")
@@ -185,40 +143,54 @@ def backward(
     features, classes = block.kernel.shape
     tile = features, tiling.classes
     inputs = _block_operands(tiling, block)
-    inputs["kept"] = _Operand(kept, _at((tiling.rows, tiling.classes)))
-    inputs["factor"] = _Operand(slopes.factor, _column(tiling))
-    inputs["label"] = _whole(slopes.label)
+    inputs["kept"] = Operand(kept, tile_at((tiling.rows, tiling.classes)))
+    inputs["factor"] = Operand(slopes.factor, column_at(tiling))
+    inputs["label"] = whole(slopes.label)
     if slopes.spread is not None:
-        inputs["spread"] = _whole(slopes.spread)
+        inputs["spread"] = whole(slopes.spread)
     shape = jax.ShapeDtypeStruct((tiling.rows, features), jnp.float32)
-    outputs, aliases = {"hidden_bar": _whole(shape)}, {}
+    outputs, aliases = {"hidden_bar": whole(shape)}, {}
     if bias:
         count = tiling.tiles(classes) * tiling.classes
         shape = jax.ShapeDtypeStruct((1, count), jnp.float32)
-        outputs["bias_bar"] = _Operand(shape, _at((1, tiling.classes)))
+        outputs["bias_bar"] = Operand(shape, tile_at((1, tiling.classes)))
     total, result = kernel_sum
     if total is not None:
-        inputs["total_before"] = _Operand(total, _at(tile, "not first"))
+        inputs["total_before"] = Operand(total, tile_at(tile, "not first"))
         when = "always" if result is None else "not last"
-        outputs["total"] = _Operand(total, _at(tile, when))
+        outputs["total"] = Operand(total, tile_at(tile, when))
         aliases["total_before"] = "total"
     if result is not None:
         when = "always" if total is None else "last"
-        outputs["result"] = _Operand(result, _at(tile, when))
+        outputs["result"] = Operand(result, tile_at(tile, when))
         if result is not kept:
-            inputs["result_before"] = _Operand(result, _IN_MAIN_MEMORY)
+            inputs["result_before"] = Operand(result, IN_MAIN_MEMORY)
         aliases["kept" if result is kept else "result_before"] = "result"
     scratch = {"gradient": pltpu.VMEM((tiling.rows, tiling.classes), kept.dtype)}
-    results = _call(
+    results = call(
         functools.partial(_backward_kernel, tiling, classes),
         tiling,
         place,
         (inputs, outputs, scratch),
         aliases,
+        _cost(tiling, block, matmuls=2, of_kernel=10),
         "xent_backward",
     )
     kernel_sum = KernelSum(results.get("total"), results.get("result"))
     return results["hidden_bar"], results.get("bias_bar"), kernel_sum
+
+
+def _cost(
+    tiling: Tiling, block: Block, matmuls: int, of_kernel: int
+) -> pl.CostEstimate:
+    """Returns the cost of so many matmuls that move so many bytes a number of them."""
+    features, classes = block.kernel.shape
+    moved = (of_kernel * features + 2 * tiling.rows) * classes
+    return pl.CostEstimate(
+        flops=2 * matmuls * tiling.rows * features * classes,
+        transcendentals=tiling.rows * classes if matmuls == 1 else 0,
+        bytes_accessed=moved,
+    )
 
 
 def _forward_kernel(tiling: Tiling, classes: int, refs: Any) -> None:
@@ -347,108 +319,18 @@ def _clear_behind(classes: int, ref: Any) -> None:
             ref[:, whole:] = jnp.zeros(shape, ref.dtype)
 
 
-def _block_operands(tiling: Tiling, block: Block) -> dict[str, _Operand]:
+def _block_operands(tiling: Tiling, block: Block) -> dict[str, Operand]:
     """Returns the operands of both kernels."""
     tile = 1, tiling.classes
     operands = {
-        "hidden": _whole(block.hidden),
-        "kernel": _Operand(block.kernel, _at((block.hidden.shape[1], tile[1]))),
-        "labels": _whole(block.labels),
+        "hidden": whole(block.hidden),
+        "kernel": Operand(block.kernel, tile_at((block.hidden.shape[1], tile[1]))),
+        "labels": whole(block.labels),
     }
     if block.scale is not None:
-        operands["scale"] = _whole(block.scale)
+        operands["scale"] = whole(block.scale)
     if block.offset is not None:
-        operands["offset"] = _Operand(block.offset, _at(tile))
+        operands["offset"] = Operand(block.offset, tile_at(tile))
     if block.weights is not None:
-        operands["weights"] = _Operand(block.weights, _at(tile))
+        operands["weights"] = Operand(block.weights, tile_at(tile))
     return operands
-
-
-def _whole(array: Any) -> _Operand:
-    """Returns an operand that is in vector memory from the first tile to the last."""
-    spec = pl.BlockSpec(
-        array.shape, lambda j, place: (_ZERO, _ZERO), pipeline_mode=pl.Buffered(1)
-    )
-    return _Operand(array, spec)
-
-
-def _at(shape: tuple[int, int], when: str = "always") -> pl.BlockSpec:
-    """Returns where the block of a tile of classes is, but the first while not wanted.
-
-    A block that stays the same from tile to tile is moved once, not for every tile.
-    """
-    wanted = {
-        "always": lambda place: 1,
-        "not first": lambda place: 1 - place[0],
-        "not last": lambda place: 1 - place[1],
-        "last": lambda place: place[1],
-    }[when]
-    return pl.BlockSpec(shape, lambda j, place: (_ZERO, j * wanted(place)))
-
-
-def _column(tiling: Tiling) -> pl.BlockSpec:
-    """Returns where the numbers a row of a tile are."""
-    return pl.BlockSpec((tiling.rows, LANES), lambda j, place: (_ZERO, j // LANES))
-
-
-def _shape_like(array: Any, reference: jax.Array) -> jax.ShapeDtypeStruct:
-    """Returns the shape of an output that varies over a mesh as `reference` does."""
-    kind, options = jax.typeof(reference), {}
-    if hasattr(kind, "manual_axis_type"):
-        options["manual_axis_type"] = kind.manual_axis_type
-    elif getattr(kind, "vma", None):  # its name before jax 0.8
-        options["vma"] = kind.vma
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, **options)
-
-
-def _call(
-    body: Callable[[Any], None],
-    tiling: Tiling,
-    place: jax.Array,
-    operands: tuple[dict[str, Any], dict[str, Any], dict[str, Any]],
-    aliases: dict[str, str],
-    name: str,
-) -> dict[str, jax.Array]:
-    """Returns the outputs of a kernel that goes over the tiles of classes.
-
-    Args:
-      body: takes a namespace of references, `None` for an operand that is not there.
-      tiling: static.
-      place: int32[2], which the index maps see.
-      operands: inputs, outputs and scratch memory by name.
-      aliases: which input an output is written over.
-      name: of the kernel, in profiles.
-    """
-    inputs, outputs, scratch = operands
-    names = ["place", *inputs, *outputs, *scratch]
-
-    def kernel(*refs: Any) -> None:
-        body(_References(dict(zip(names, refs, strict=True))))
-
-    like = inputs["hidden"].array
-    classes = inputs["kernel"].array.shape[1]
-    if tiling.interpret and classes % tiling.classes:
-        # JAX's interpreters return an output over a ragged input as they pad it. No
-        # result depends on what is in an output before.
-        aliases = {}
-    results = pl.pallas_call(
-        kernel,
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1,
-            grid=(tiling.tiles(classes),),
-            in_specs=[operand.spec for operand in inputs.values()],
-            out_specs=[operand.spec for operand in outputs.values()],
-            scratch_shapes=list(scratch.values()),
-        ),
-        out_shape=[_shape_like(o.array, like) for o in outputs.values()],
-        input_output_aliases={
-            names.index(source): list(outputs).index(target)
-            for source, target in aliases.items()
-        },
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=tiling.memory
-        ),
-        interpret=tiling.interpret,
-        name=name,
-    )(place, *(operand.array for operand in inputs.values()))
-    return dict(zip(outputs, results, strict=True))

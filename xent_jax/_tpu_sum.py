@@ -5,7 +5,6 @@ float32: a tile's sums add up to a block's statistics, the sums of all shards of
 classes to a row's, and these settle the slopes that the second kernel takes.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -13,51 +12,22 @@ import jax.numpy as jnp
 
 from xent_jax import _numerics, _spread
 from xent_jax._block_statistics import BlockStatistics, over_shards
+from xent_jax._blocks import varying
 from xent_jax._class_axis import ClassAxis
 from xent_jax._label_terms import Coefficients, LabelTerms, combined
 from xent_jax._numerics import LabelStatistics
 from xent_jax._spread import SpreadSums
+from xent_jax._tpu_calls import uninitialized
 from xent_jax._tpu_kernels import (
-    LANES,
     LOWEST,
     Block,
     KernelSum,
     Slopes,
     Tiles,
-    Tiling,
     backward,
     forward,
-    uninitialized,
 )
-
-
-class _Chip(NamedTuple):
-    """What the sizes of blocks and tiles follow from, of one JAX device."""
-
-    memory: int  # bytes of vector memory
-    ridge: int  # operations that it does while a byte comes from main memory
-
-
-_V5E, _V6E = _Chip(128 * 2**20, 300), _Chip(128 * 2**20, 700)
-_V5P, _V7 = _Chip(64 * 2**20, 210), _Chip(64 * 2**20, 390)
-# By `jax.Device.device_kind`. The chips before these have too little vector memory for
-# tiles that keep the matrix unit busy.
-_CHIPS = {
-    "TPU v5 lite": _V5E,
-    "TPU v5e": _V5E,
-    "TPU v5": _V5P,
-    "TPU v5p": _V5P,
-    "TPU v6 lite": _V6E,
-    "TPU v6e": _V6E,
-    "TPU7x": _V7,
-}
-# The part of the vector memory that a tiling leaves to the compiler, as 1 of so many.
-_MARGIN = 16
-_BLOCK_ROWS = 2048, 1536, 1024, 768, 512, 256
-_ROW_CHUNK = 512
-_TILE_CLASSES = 1024, 768, 512, 256
-# Half-precision numbers lie in registers in pairs of 8 rows.
-_ROW_UNIT = 16
+from xent_jax._tpu_tiling import Tiling
 
 
 class Head(NamedTuple):
@@ -84,75 +54,6 @@ class _Classes(NamedTuple):
     others: jax.Array  # float32[V'], the weights of the others of its tile
     tiles: jax.Array  # float32[T], the weights of the tiles
     total: jax.Array  # float32[1, 1], of all classes of all shards
-
-
-def fits(rows: int, features: int, classes: int, chip: str, itemsize: int = 2) -> bool:
-    """Returns whether a chip's vector memory holds the blocks: see `tiling`."""
-    return tiling(rows, features, classes, chip, itemsize) is not None
-
-
-def tiling(
-    rows: int, features: int, classes: int, chip: str, itemsize: int = 2
-) -> Tiling | None:
-    """Returns the sizes of blocks and tiles, `None` where the kernels do not run.
-
-    Args:
-      rows: N.
-      features: D, a whole number of lanes.
-      classes: V.
-      chip: its `jax.Device.device_kind`.
-      itemsize: bytes of a number of the kernel's gradient.
-    """
-    if chip not in _CHIPS or features % LANES or 0 in (rows, features, classes):
-        return None
-    memory, ridge = _CHIPS[chip]
-    margin = memory // _MARGIN
-    least, best = math.inf, None
-    for most in _BLOCK_ROWS:
-        block, chunk = _rows(rows, most)
-        for tile in _TILE_CLASSES:
-            tile = min(tile, -(-classes // LANES) * LANES)
-            if _needed(block, chunk, features, tile, itemsize) + margin > memory:
-                continue
-            padded = -(-rows // block) * block / rows
-            cost = padded * _cost(block, features, classes, tile, ridge)
-            if cost < least:
-                least = cost
-                best = Tiling(block, chunk, tile, memory - margin // 2)
-    return best
-
-
-def _cost(rows: int, features: int, classes: int, tile: int, ridge: int) -> float:
-    """Returns about how long `backward` takes, in its matmuls' time for V classes.
-
-    It reads the kernel and what is kept, and reads and writes the sum of the kernel's
-    gradients; it adds to the features' gradient once a tile. What lies behind the last
-    class is computed with, and takes care.
-    """
-    moved = (10 * features + 2 * rows) / (4 * rows * features) * ridge
-    computed = -(-classes // tile) * tile / classes * (1 + 32 / tile)
-    return max(moved, computed)
-
-
-def _rows(rows: int, most: int) -> tuple[int, int]:
-    """Returns the rows of a block, of which there are as few as can be, and a chunk."""
-    blocks = -(-rows // most)
-    size = -(-rows // blocks)
-    chunks = -(-size // _ROW_CHUNK)
-    chunk = -(-size // (chunks * _ROW_UNIT)) * _ROW_UNIT
-    return chunks * chunk, chunk
-
-
-def _needed(rows: int, chunk: int, features: int, tile: int, itemsize: int) -> int:
-    """Returns the bytes of vector memory that `backward`, the larger kernel, takes."""
-    column = rows * LANES * 4
-    block = rows * features * (2 + 4)  # features, and the gradient by them
-    tiles = 2 * (2 * features + 2 * rows) * tile + 2 * rows * tile
-    total = 2 * 2 * 4 * features * tile
-    result = 2 * itemsize * features * tile if itemsize != 4 else 0
-    numbers = 2 * column + 4 * column
-    values = 4 * chunk * tile + 4 * chunk * features
-    return block + tiles + total + result + numbers + values
 
 
 class _Memory(NamedTuple):
@@ -192,6 +93,8 @@ def value_and_gradients(
     rows = head.hidden.shape[0]
     blocks = -(-rows // tiling.rows)
     dtype = head.kernel.dtype
+    # Kernels take no arrays that vary over a mesh in other ways than their outputs.
+    head = jax.tree.map(lambda array: varying(array, head), head)
     numbers = _class_numbers(tiling, head, classes)
     memory = _memory(tiling, head, blocks)
     head = _padded(head, blocks * tiling.rows - rows)
@@ -211,8 +114,8 @@ def value_and_gradients(
         return _Sums(sums.loss + added.loss, hidden_bar, bias_bar), memory
 
     bias_bar = None if head.bias is None else jnp.zeros_like(numbers.offset)
-    zero = jnp.zeros((), jnp.float32)
-    carry = _Sums(zero, jnp.zeros_like(head.hidden), bias_bar), memory
+    sums = _Sums(jnp.zeros((), jnp.float32), jnp.zeros_like(head.hidden), bias_bar)
+    carry = jax.tree.map(lambda array: varying(array, head), sums), memory
     sums, memory = jax.lax.fori_loop(0, blocks, step, carry)
     if bias_bar is not None:
         bias_bar = sums.bias_bar[:, : head.kernel.shape[1]]
@@ -229,10 +132,12 @@ def _memory(tiling: Tiling, head: Head, blocks: int) -> _Memory:
     kept = shape if shared else (tiling.rows, shape[1])
     total = result = None
     if blocks > 1 or dtype == jnp.float32:
-        total = uninitialized(shape, jnp.float32, tiling)
+        total = uninitialized(shape, jnp.float32, head.hidden, tiling)
     if dtype != jnp.float32 and not shared:
-        result = uninitialized(shape, dtype, tiling)
-    return _Memory(uninitialized(kept, head.hidden.dtype, tiling), total, result)
+        result = uninitialized(shape, dtype, head.hidden, tiling)
+    return _Memory(
+        uninitialized(kept, head.hidden.dtype, head.hidden, tiling), total, result
+    )
 
 
 def _padded(head: Head, missing: int) -> Head:
