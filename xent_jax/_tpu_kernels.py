@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from xent_jax._blocks import varying
 from xent_jax._tpu_calls import (
     IN_MAIN_MEMORY,
     Operand,
@@ -105,7 +106,7 @@ def forward(
     results = call(
         functools.partial(_forward_kernel, tiling, block.kernel.shape[1]),
         tiling,
-        jnp.zeros(2, jnp.int32),
+        varying(jnp.zeros(2, jnp.int32), block.hidden),
         (inputs, outputs, {}),
         {"kept_before": "kept"},
         _cost(tiling, block, matmuls=1, of_kernel=2),

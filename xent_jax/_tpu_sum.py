@@ -93,8 +93,16 @@ def value_and_gradients(
     rows = head.hidden.shape[0]
     blocks = -(-rows // tiling.rows)
     dtype = head.kernel.dtype
-    # Kernels take no arrays that vary over a mesh in other ways than their outputs.
+    # The loss of a row is the same on all shards of the classes.
+    rest = _map_rows(lambda array: varying(array, head, classes.names), head)
     head = jax.tree.map(lambda array: varying(array, head), head)
+    head = rest._replace(
+        hidden=head.hidden,
+        kernel=head.kernel,
+        bias=head.bias,
+        class_mask=head.class_mask,
+        class_weights=head.class_weights,
+    )
     numbers = _class_numbers(tiling, head, classes)
     memory = _memory(tiling, head, blocks)
     head = _padded(head, blocks * tiling.rows - rows)
@@ -114,8 +122,12 @@ def value_and_gradients(
         return _Sums(sums.loss + added.loss, hidden_bar, bias_bar), memory
 
     bias_bar = None if head.bias is None else jnp.zeros_like(numbers.offset)
-    sums = _Sums(jnp.zeros((), jnp.float32), jnp.zeros_like(head.hidden), bias_bar)
-    carry = jax.tree.map(lambda array: varying(array, head), sums), memory
+    sums = _Sums(
+        varying(jnp.zeros((), jnp.float32), head, classes.names),
+        varying(jnp.zeros_like(head.hidden), head),
+        jax.tree.map(lambda array: varying(array, head), bias_bar),
+    )
+    carry = sums, memory
     sums, memory = jax.lax.fori_loop(0, blocks, step, carry)
     if bias_bar is not None:
         bias_bar = sums.bias_bar[:, : head.kernel.shape[1]]
@@ -176,11 +188,17 @@ def _block(
         scale = jnp.where(head.keep, scale, 1)
     weights = numbers.weights if spread else None
     block = Block(head.hidden, head.kernel, here, scale, numbers.offset, weights)
+
+    def in_kernel(array: jax.Array) -> jax.Array:
+        # A kernel takes no arrays of which only some vary over a mesh axis.
+        return varying(array, head.hidden)
+
+    block = jax.tree.map(in_kernel, block)
     kept, tiles = forward(tiling, block, memory.kept, spread=spread)
     sums = over_shards(block_sums(tiling, tiles, here, numbers), first, classes)
     statistics = _statistics(head, sums)
     losses = combined(_terms(statistics, sums), head.coefficients)
-    slopes = _slopes(head, here, numbers, statistics, tiles)
+    slopes = jax.tree.map(in_kernel, _slopes(head, here, numbers, statistics, tiles))
     shared = memory.result is None and memory.kept.shape == head.kernel.shape
     result = kept if shared else memory.result
     hidden_bar, bias_bar, (total, result) = backward(
@@ -189,7 +207,7 @@ def _block(
         kept,
         slopes,
         KernelSum(memory.total, result),
-        place,
+        in_kernel(place),
         bias=head.bias is not None,
     )
     memory = _Memory(*((result, total, None) if shared else (kept, total, result)))

@@ -99,10 +99,12 @@ def _cost(rows: int, features: int, classes: int, tile: int, ridge: int) -> floa
 
     It reads the kernel and what is kept, and reads and writes the sum of the kernel's
     gradients; it adds to the features' gradient once a tile. What lies behind the last
-    class is computed with, and takes care.
+    class is computed too, and has to be masked.
     """
     moved = (10 * features + 2 * rows) / (4 * rows * features) * ridge
     computed = -(-classes // tile) * tile / classes * (1 + 32 / tile)
+    if classes % tile:
+        computed *= 1.02
     return max(moved, computed)
 
 
@@ -123,5 +125,5 @@ def _needed(rows: int, chunk: int, features: int, tile: int, itemsize: int) -> i
     total = 2 * 2 * 4 * features * tile
     result = 2 * itemsize * features * tile if itemsize != 4 else 0
     numbers = 2 * column + 4 * column
-    values = 4 * chunk * tile + 4 * chunk * features
+    values = 4 * chunk * tile + 3 * chunk * features
     return block + tiles + total + result + numbers + values
