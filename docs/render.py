@@ -1,15 +1,17 @@
 """Writes the tables and pictures of README.md and `docs/` from their data files.
 
-From the root of a checkout, with nothing but Python:
+From the root of a checkout, with the extra `examples`, for matplotlib:
 
     python docs/render.py
 
 The data comes from `measure_errors.py`, `measure_programs.py` and
 `examples/benchmark.py`, and from the rows of the porting guide. A table is what stands
 between two comments that bear its name, so the text around it is free.
-`tests/test_docs.py` holds files and data together.
+`tests/test_docs.py` holds files and data together. Neither needs a display.
 """
 
+import ast
+import functools
 import itertools
 import json
 import math
@@ -17,7 +19,8 @@ import pathlib
 import re
 from collections.abc import Callable, Sequence
 
-import draw
+import charts
+import draw_architecture
 from porting_frameworks import TABLES
 from porting_rows import OURS, SETUP, Table
 
@@ -30,6 +33,7 @@ TIMES = [json.loads(line) for line in RECORDS.splitlines()]
 
 PAGES = (
     ROOT / "README.md",
+    DOCS / "architecture.md",
     DOCS / "backends.md",
     DOCS / "numerics.md",
     DOCS / "porting.md",
@@ -351,6 +355,20 @@ def porting_table(rows_of: Table) -> str:
     return table(header + (["note"] if noted else []), rows)
 
 
+def folders_table() -> str:
+    """What every folder of the package is for, in its own words, users first."""
+    rows = []
+    for folder in draw_architecture.read_imports().modules:
+        path = draw_architecture.PACKAGE / folder / "__init__.py"
+        if not path.exists():
+            path = draw_architecture.PACKAGE / f"{folder}.py"
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        line = (ast.get_docstring(tree) or "").splitlines()[0].rstrip(".")
+        name = "xent_jax" if folder == "__init__" else folder
+        rows.append([f"`{name}`", line])
+    return table(["", "what it is"], rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "optax-table": optax_table,
     "memory-table": memory_table,
@@ -367,6 +385,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "sigmoid-loss": lambda: sigmoid_table("loss"),
     "sigmoid-gradient": lambda: sigmoid_table("gradient"),
     "ulp": ulp_table,
+    "folders": folders_table,
     "head-table": head_table,
     "vocabulary-table": vocabulary_table,
     "loss-table": lambda: loss_table(tuple(LOSSES)),
@@ -375,13 +394,15 @@ BLOCKS: dict[str, Callable[[], str]] = {
 }
 
 
+@functools.cache
 def outputs() -> dict[pathlib.Path, str]:
     """Returns every file that this script writes, with its text."""
     texts = {}
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         texts[page] = BLOCK.sub(lambda m: m[1] + BLOCKS[m[2]]() + m[4], text)
-    for name, picture in draw.pictures(ERRORS, PROGRAMS).items():
+    pictures = charts.charts(ERRORS, PROGRAMS) | draw_architecture.pictures()
+    for name, picture in pictures.items():
         texts[DOCS / "pictures" / name] = picture
     return texts
 

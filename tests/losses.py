@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import oracle
+import pytest
 
 import xent_jax
 
@@ -98,4 +99,14 @@ CASES = [
 ]
 """Every loss that is the integral of its gradient (the linearized one is not)."""
 
-IDS = [case.name for case in CASES]
+
+def _once(case: LossCase) -> bool:
+    """Whether the case is one option alone of those that another has together."""
+    return case.name.startswith(INTEGER) and len(case.options) == 1
+
+
+EACH = [
+    pytest.param(case, id=case.name, marks=[pytest.mark.once] if _once(case) else [])
+    for case in CASES
+]
+"""The same for tests that run on every version of JAX."""

@@ -13,6 +13,8 @@ import pytest
 
 import xent_jax
 
+pytestmark = pytest.mark.once
+
 INTEGER = xent_jax.softmax_cross_entropy_with_integer_labels
 UNIT_ROUNDOFF = 2.0**-24
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.once
+
 pytest.importorskip("optax", reason="the benchmark compares with optax")
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "benchmark.py"

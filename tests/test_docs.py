@@ -1,21 +1,25 @@
 """README.md, CHANGELOG.md and the pages of `docs/`: complete, linked, up to date.
 
-That the site builds without a warning is for `.ci/run`, which has Sphinx; all that is
-here needs nothing but the files.
+That the site builds without a warning is for `.ci/run`, which has Sphinx; what is here
+needs the files, and matplotlib to draw the pictures anew.
 """
 
 import pathlib
 import re
 
+import charts
 import pytest
 import render
 
 import xent_jax
 import xent_jax.testing
 
+pytestmark = pytest.mark.once
+
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.glob("*.md"))]
+OF_ROOT = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")
+PAGES = [*(ROOT / name for name in OF_ROOT), *sorted(DOCS.glob("*.md"))]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 FENCE = re.compile(r"^(`{3,})[^\n]*\n.*?^\1\s*$", re.MULTILINE | re.DOTALL)
@@ -105,11 +109,40 @@ def test_every_public_name_is_in_the_reference(module):
     assert listed == set(module.__all__)
 
 
-@pytest.mark.parametrize(
-    "path", render.outputs(), ids=lambda path: str(path.relative_to(ROOT))
-)
-def test_tables_and_pictures_are_those_of_their_data(path):
+def files_of(*suffixes):
+    return [
+        pytest.param(path, id=str(path.relative_to(ROOT)))
+        for path in render.outputs()
+        if path.suffix in suffixes
+    ]
+
+
+@pytest.mark.parametrize("path", files_of(".md"))
+def test_tables_are_those_of_their_data(path):
     assert read(path) == render.outputs()[path], "run: python docs/render.py"
+
+
+@pytest.mark.parametrize("path", files_of(".svg"))
+def test_pictures_show_their_data(path):
+    """What is drawn is compared always, the bytes where one matplotlib drew both.
+
+    Versions of matplotlib write the same curve in other bytes, and the extra has a
+    range of them.
+    """
+    text, anew = read(path), render.outputs()[path]
+    (drawn_by, found), (version, expected) = charts.shown(text), charts.shown(anew)
+    assert found == expected, "run: python docs/render.py"
+    if drawn_by == version:
+        assert text == anew, "run: python docs/render.py"
+
+
+def test_a_picture_says_what_is_in_its_data():
+    """Keeps the comparison honest: the numbers are there, and all of them."""
+    text = render.outputs()[DOCS / "pictures" / "memory-by-vocabulary-dark.svg"]
+    _, found = charts.shown(text)
+    sizes = [size for line in found["lines"].values() for _, size in line]
+    data = [entry["temp_bytes"] for entry in render.PROGRAMS["vocabularies"]]
+    assert sorted(size * charts.GIBIBYTE for size in sizes) == sorted(data)
 
 
 def test_every_table_has_its_place():

@@ -9,6 +9,8 @@ import pytest
 
 import xent_jax
 
+pytestmark = pytest.mark.once
+
 INTEGER = "softmax_cross_entropy_with_integer_labels"
 DENSE = "softmax_cross_entropy"
 SIGMOID = "sigmoid_binary_cross_entropy"
@@ -18,12 +20,24 @@ SINKHORN_LOSS = "sinkhorn_cross_entropy"
 LOGITS = np.zeros((5, 3), np.float32)
 IDS = np.zeros(5, np.int32)
 SAME = "labels must have shape (5, 3) (that of logits), got "
+IDS_GO_TO = "; softmax_cross_entropy_with_integer_labels takes class ids."
+DENSE_TAKES = "; softmax_cross_entropy takes a target for every class."
 
 SHAPES = [
     (INTEGER, [LOGITS, IDS[:1]], {}, "labels must have shape (5,) (logits without "
      "axis 1), got (1,)."),
     (INTEGER, [LOGITS, IDS[:, None]], {}, "labels must have shape (5,) (logits without "
-     "axis 1), got (5, 1)."),
+     "axis 1), got (5, 1); take the axis of size 1 off with jnp.squeeze(labels, 1)."),
+    (INTEGER, [LOGITS, LOGITS.astype(int)], {}, "labels must have shape (5,) (logits "
+     "without axis 1), got (5, 3)" + DENSE_TAKES),
+    ("nll_loss", [LOGITS, LOGITS.astype(int)], {}, "labels must have shape (5,) "
+     "(log_probs without axis 1), got (5, 3)" + DENSE_TAKES),
+    ("nll_loss", [LOGITS, IDS[:3, None].T, 0], {}, "labels must have shape (3,) "
+     "(log_probs without axis 0), got (1, 3); take the axis of size 1 off with "
+     "jnp.squeeze(labels, 0)."),
+    (INTEGER, [LOGITS, IDS[:1, None], (0, 1)], {}, "labels must have shape () (logits "
+     "without axes 0, 1), got (1, 1); take the axis of size 1 off with "
+     "jnp.squeeze(labels, (0, 1))."),
     (INTEGER, [LOGITS, IDS, 0], {}, "labels must have shape (3,) (logits without "
      "axis 0), got (5,)."),
     (INTEGER, [LOGITS, IDS, (0, 1)], {}, "labels must have shape () (logits without "
@@ -32,15 +46,16 @@ SHAPES = [
      "axis 1), got (5,)."),
     (DENSE, [LOGITS, LOGITS[0]], {}, SAME + "(3,)."),
     (DENSE, [LOGITS, LOGITS[:1]], {}, SAME + "(1, 3)."),
-    (DENSE, [LOGITS, IDS], {}, SAME + "(5,)."),
+    (DENSE, [LOGITS, IDS], {}, SAME + "(5,)" + IDS_GO_TO),
+    (DENSE, [LOGITS, IDS[:, None]], {}, SAME + "(5, 1)" + IDS_GO_TO),
     (DENSE, [LOGITS, LOGITS[None]], {}, SAME + "(1, 5, 3)."),
-    (LINEARIZED, [LOGITS, IDS], {}, SAME + "(5,)."),
+    (LINEARIZED, [LOGITS, IDS], {}, SAME + "(5,)" + IDS_GO_TO),
     (SIGMOID, [LOGITS[:, :1], LOGITS[:, 0]], {}, "labels must have shape (5, 1) (that "
      "of logits), got (5,)."),
     ("nll_loss", [LOGITS, IDS[:2]], {}, "labels must have shape (5,) (log_probs "
      "without axis 1), got (2,)."),
     ("categorical_cross_entropy", [LOGITS, IDS], {}, "labels must have shape (5, 3) "
-     "(that of probs), got (5,)."),
+     "(that of probs), got (5,); nll_loss of jnp.log(probs) takes class ids."),
     ("binary_cross_entropy", [LOGITS, IDS], {}, "labels must have shape (5, 3) "
      "(that of probs), got (5,)."),
     ("weighted_mean", [IDS.astype(np.float32), np.ones((5, 1))], {}, "weights must "
@@ -58,7 +73,11 @@ SHAPES = [
     (DENSE, [LOGITS, LOGITS], {"class_weights": np.ones((1, 3))}, "class_weights must "
      "have shape (3,) (one number a class), got (1, 3)."),
     (SIGMOID, [LOGITS, LOGITS], {"pos_weight": np.ones(5)}, "pos_weight must have "
-     "shape (), (3,) or (5, 3), got (5,)."),
+     "a shape that broadcasts to (5, 3) (that of logits), got (5,)."),
+    (SIGMOID, [LOGITS[0], LOGITS[0]], {"pos_weight": np.ones((1, 3))}, "pos_weight "
+     "must have a shape that broadcasts to (3,) (that of logits), got (1, 3)."),
+    (SIGMOID, [LOGITS[:, :1], LOGITS[:, :1]], {"pos_weight": np.ones(3)}, "pos_weight "
+     "must have a shape that broadcasts to (5, 1) (that of logits), got (3,)."),
     (INTEGER, [np.zeros((2, 0), np.float32), IDS[:2]], {}, "logits must have at least "
      "one class, got (2, 0)."),
     (DENSE, [np.zeros((0, 2), np.float32), np.zeros((0, 2)), 0], {}, "logits must have "
@@ -74,8 +93,42 @@ VALUES = [
      "2-dimensional array, got (1, -1)."),
     (DENSE, [LOGITS, LOGITS, ()], {}, "axis must name different axes of a "
      "2-dimensional array, got ()."),
-    (INTEGER, [np.float32(1), np.int32(0)], {}, "axis must name different axes of a "
-     "0-dimensional array, got -1."),
+    (INTEGER, [np.float32(1), np.int32(0)], {}, "logits must have a class axis, got "
+     "()."),
+    (DENSE, [np.float32(1), np.float32(1), None], {}, "logits must have a class axis, "
+     "got ()."),
+    (LINEARIZED, [np.float32(1), 1.0], {}, "logits must have a class axis, got ()."),
+    ("nll_loss", [np.float32(1), 0], {}, "log_probs must have a class axis, got ()."),
+    ("categorical_cross_entropy", [np.float32(1), 1.0], {}, "probs must have a class "
+     "axis, got ()."),
+    (INTEGER, [LOGITS, IDS], {"z_loss": 1e39}, "z_loss must lie in [0, inf) as a "
+     "normal number of float32, got 1e+39."),
+    (DENSE, [LOGITS.astype(jnp.bfloat16), LOGITS], {"z_loss": 2**128}, "z_loss must "
+     "lie in [0, inf) as a normal number of float32, got " + f"{2**128}."),
+    ("categorical_cross_entropy", [LOGITS, LOGITS], {"epsilon": 1e-46}, "epsilon must "
+     "lie in (0, 0.5) as a normal number of float32, got 1e-46."),
+    ("binary_cross_entropy", [LOGITS, LOGITS], {"epsilon": 1e-40}, "epsilon must lie "
+     "in (0, 0.5) as a normal number of float32, got 1e-40."),
+    ("binary_cross_entropy", [LOGITS, LOGITS], {"epsilon": 0.499999999}, "epsilon must "
+     "lie in (0, 0.5) as a normal number of float32, got 0.499999999."),
+    (SINKHORN, [LOGITS], {"epsilon": 1e39}, "epsilon must lie in (0, inf) as a normal "
+     "number of float32, got 1e+39."),
+    (SINKHORN, [LOGITS], {"epsilon": 1e-46}, "epsilon must lie in (0, inf) as a normal "
+     "number of float32, got 1e-46."),
+    (SINKHORN, [LOGITS], {"tol": 1e39}, "tol must lie in [0, inf) as a normal number "
+     "of float32, got 1e+39."),
+    (SINKHORN, [LOGITS], {"prior": [1, 1e-46, 2]}, "prior must be positive and finite "
+     "as normal numbers of float32, got 1e-46."),
+    (SINKHORN, [LOGITS], {"prior": [1, 1e39, 2]}, "prior must be positive and finite "
+     "as normal numbers of float32, got 1e+39."),
+    (SINKHORN, [LOGITS], {"prior": [1e-30, 1e30, 1.0]}, "prior must have shares of its "
+     "sum that are normal numbers of float32, got 1e-30."),
+    (SINKHORN_LOSS, [LOGITS, LOGITS], {"temperature": 1e-46}, "temperature must lie in "
+     "(0, inf) as a normal number of float32, got 1e-46."),
+    (SINKHORN_LOSS, [LOGITS, LOGITS], {"temperature": 1e39}, "temperature must lie in "
+     "(0, inf) as a normal number of float32, got 1e+39."),
+    (SINKHORN_LOSS, [LOGITS, LOGITS], {"epsilon": 1e-40}, "epsilon must lie in (0, "
+     "inf) as a normal number of float32, got 1e-40."),
     (INTEGER, [LOGITS, IDS], {"label_smoothing": 1.5}, "label_smoothing must lie in "
      "[0, 1], got 1.5."),
     (INTEGER, [LOGITS, IDS], {"label_smoothing": float("nan")}, "label_smoothing must "
@@ -128,17 +181,29 @@ TYPES = [
     ("weighted_mean", [LOGITS, LOGITS * 1j], {}, "weights must have a real dtype, got "
      "complex64."),
     (INTEGER, [LOGITS, IDS.astype(np.float32)], {}, "labels must have an integer dtype "
-     "(class ids), got float32."),
+     "(class ids), got float32; convert class ids with labels.astype(int32)."),
+    (INTEGER, [LOGITS, LOGITS], {}, "labels must have an integer dtype (class ids), "
+     "got float32" + DENSE_TAKES),
+    (INTEGER, [LOGITS, LOGITS > 0], {}, "labels must have an integer dtype (class "
+     "ids), got bool" + DENSE_TAKES),
     (INTEGER, [LOGITS, IDS > 0], {}, "labels must have an integer dtype (class ids), "
      "got bool."),
     ("nll_loss", [LOGITS, IDS.astype(np.float32)], {}, "labels must have an integer "
-     "dtype (class ids), got float32."),
+     "dtype (class ids), got float32; convert class ids with labels.astype(int32)."),
     (DENSE, [LOGITS, LOGITS * 1j], {}, "labels must have a real dtype, got complex64."),
     (INTEGER, [LOGITS, IDS], {"where": IDS}, "where must have dtype bool, got int32."),
     (SIGMOID, [LOGITS, LOGITS], {"where": LOGITS}, "where must have dtype bool, got "
      "float32."),
     (INTEGER, [LOGITS, IDS, 1.0], {}, "axis must be an integer or a tuple of integers, "
      "got 1.0."),
+    (INTEGER, [LOGITS, IDS, True], {}, "axis must be an integer or a tuple of "
+     "integers, got True."),
+    (DENSE, [LOGITS, LOGITS, (0, True)], {}, "axis must be an integer or a tuple of "
+     "integers, got (0, True)."),
+    (LINEARIZED, [LOGITS, LOGITS, False], {}, "axis must be an integer or a tuple of "
+     "integers, got False."),
+    ("nll_loss", [LOGITS, IDS, np.True_], {}, "axis must be an integer or a tuple of "
+     "integers, got np.True_."),
     (INTEGER, [LOGITS, IDS], {"label_smoothing": "0.1"}, "label_smoothing must be a "
      "real number, got '0.1'."),
     (INTEGER, [LOGITS, IDS], {"z_loss": None}, "z_loss must be a real number, got "

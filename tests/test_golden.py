@@ -18,6 +18,8 @@ import pytest
 
 import xent_jax
 
+pytestmark = pytest.mark.once
+
 CASES = {
     case["id"]: case
     for case in json.loads(

@@ -19,6 +19,8 @@ from heads import (
     head_inputs,
 )
 
+pytestmark = pytest.mark.once
+
 # Blocks that divide neither the rows nor the classes, so that the last is ragged.
 BLOCKS = {
     None: {"class_block": 4},

@@ -15,6 +15,8 @@ from heads import (
     value_and_gradients,
 )
 
+pytestmark = pytest.mark.once
+
 NOISE = 1.1
 SHAPES = [(64, 65, 4001), (257, 33, 1000)]
 BLOCKS = {

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from heads import LOSS, STATISTICS
 
+pytestmark = pytest.mark.once
+
 HIDDEN = np.zeros((2, 3, 4), np.float32)
 KERNEL = np.zeros((4, 5), np.float32)
 LABELS = np.zeros((2, 3), np.int32)
@@ -28,7 +30,10 @@ VALUES = [
     ({"kernel": KERNEL[:, :0]}, "kernel must have at least one class, got (4, 0)."),
     ({"labels": LABELS[0]}, f"labels must have shape {BATCH}, got (3,)."),
     ({"labels": LABELS[:, :1]}, f"labels must have shape {BATCH}, got (2, 1)."),
-    ({"labels": LABELS[..., None]}, f"labels must have shape {BATCH}, got (2, 3, 1)."),
+    ({"labels": LABELS[..., None]}, f"labels must have shape {BATCH}, got (2, 3, 1); "
+     "take the axis of size 1 off with jnp.squeeze(labels, 2)."),
+    ({"labels": np.zeros((2, 3, 5), int)}, f"labels must have shape {BATCH}, got "
+     "(2, 3, 5); softmax_cross_entropy takes a target for every class."),
     ({"where": np.ones(3, bool)}, f"where must have shape {BATCH}, got (3,)."),
     ({"where": np.ones((2, 3, 5), bool)}, f"where must have shape {BATCH}, got "
      "(2, 3, 5)."),
@@ -45,6 +50,11 @@ VALUES = [
     ({"softcap": -30.0}, "softcap must lie in (0, inf), got -30.0."),
     ({"softcap": float("inf")}, "softcap must lie in (0, inf), got inf."),
     ({"softcap": float("nan")}, "softcap must lie in (0, inf), got nan."),
+    ({"softcap": 1e39}, "softcap must lie in (0, inf) as a normal number of float32, "
+     "got 1e+39."),
+    ({"softcap": 1e-40}, "softcap must lie in (0, inf) as a normal number of float32, "
+     "got 1e-40."),
+    ({"softcap": 1e-36}, "softcap must be at least 9.9e-32 for float32, got 1e-36."),
     ({"softcap": jnp.ones(5)}, "softcap must be a scalar, got shape (5,)."),
     ({"class_block": 0}, "class_block must be at least 1, got 0."),
     ({"class_block": -1}, "class_block must be at least 1, got -1."),
@@ -55,7 +65,10 @@ TYPES = [
     ({"hidden": HIDDEN * 1j}, "hidden must have a floating dtype, got complex64."),
     ({"kernel": LABELS}, "kernel must have a floating dtype, got int32."),
     ({"labels": LABELS.astype(np.float32)}, "labels must have an integer dtype (class "
-     "ids), got float32."),
+     "ids), got float32; convert class ids with labels.astype(int32)."),
+    ({"labels": np.zeros((2, 3, 5), np.float32)}, "labels must have an integer dtype "
+     "(class ids), got float32; softmax_cross_entropy takes a target for every "
+     "class."),
     ({"labels": LABELS > 0}, "labels must have an integer dtype (class ids), got "
      "bool."),
     ({"where": LABELS}, "where must have dtype bool, got int32."),
@@ -85,6 +98,8 @@ LOSS_VALUES = [
     ({"label_smoothing": jnp.ones(2)}, "label_smoothing must be a scalar, got shape "
      "(2,)."),
     ({"z_loss": -1e-4}, "z_loss must lie in [0, inf), got -0.0001."),
+    ({"z_loss": 1e39}, "z_loss must lie in [0, inf) as a normal number of float32, got "
+     "1e+39."),
     ({"z_loss": float("nan")}, "z_loss must lie in [0, inf), got nan."),
     ({"row_block": 8}, "row_block must be None with reduction=None, which is blocked "
      "by class_block, got 8."),

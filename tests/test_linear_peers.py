@@ -24,6 +24,8 @@ from heads import (
     value_and_gradients,
 )
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(autouse=True, scope="module")
 def unoptimized():

@@ -447,14 +447,16 @@ def test_no_rows_or_classes_are_gathered(kind, how, reduction):
         (
             P(None, "rows"),
             P(),
-            "hidden must not be sharded over its features, got "
-            "PartitionSpec(None, 'rows').",
+            "hidden must not be sharded over its features "
+            "(jax.sharding.reshard(hidden, PartitionSpec(None, None)) gathers them), "
+            "got PartitionSpec(None, 'rows').",
         ),
         (
             P(),
             P("rows", "classes"),
-            "kernel must not be sharded over its features, got "
-            "PartitionSpec('rows', 'classes').",
+            "kernel must not be sharded over its features "
+            "(jax.sharding.reshard(kernel, PartitionSpec(None, 'classes')) gathers "
+            "them), got PartitionSpec('rows', 'classes').",
         ),
         (
             P("rows"),
@@ -473,7 +475,7 @@ def test_what_an_explicit_mesh_cannot_have(function, hidden, kernel, message):
         with pytest.raises(ValueError, match="must") as error:
             function(features, matrix, np.zeros(4, np.int32))
     # jax 0.12 writes a partition in short.
-    said = str(error.value).replace(" P(", " PartitionSpec(")
+    said = re.sub(r"\bP\(", "PartitionSpec(", str(error.value))
     assert said == f"{function.__name__}: {message}"
 
 

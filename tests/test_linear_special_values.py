@@ -17,6 +17,8 @@ from heads import (
     value_and_gradients,
 )
 
+pytestmark = pytest.mark.once
+
 INF, NAN = np.inf, np.nan
 BLOCKS = {None: {"class_block": 3}, "mean": {"row_block": 2}, "sum": {"row_block": 2}}
 HELD = {"NaN": NAN, "inf": INF, "-inf": -INF, "huge": 3e38}

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 import xent_jax
-from xent_jax import _class_reductions, _numerics
-from xent_jax._class_axis import ClassAxis
+from xent_jax._reductions import classes as reductions
+from xent_jax._reductions import precision
+from xent_jax._targets.block import class_ids
 
 
 @pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_two_sum_survives_the_compiler(transform, rng):
     left = rng.standard_normal(10_000).astype(np.float32) * 100
     right = rng.standard_normal(10_000).astype(np.float32)
-    total, error = transform(_numerics.two_sum)(left, right)
+    total, error = transform(precision.two_sum)(left, right)
     exact = left.astype(np.float64) + right.astype(np.float64)
     got = np.asarray(total, np.float64) + np.asarray(error, np.float64)
     np.testing.assert_array_equal(got, exact)
@@ -24,7 +25,7 @@ def test_two_sum_survives_the_compiler(transform, rng):
 
 
 def test_two_sum_of_infinities_has_no_error():
-    total, error = _numerics.two_sum(jnp.array([jnp.inf, 3e38]), jnp.array([1.0, 3e38]))
+    total, error = precision.two_sum(jnp.array([jnp.inf, 3e38]), jnp.array([1.0, 3e38]))
     assert np.isposinf(total).all()
     assert not np.any(error)
 
@@ -37,11 +38,9 @@ def test_reductions_equal_numpy(classes, axis, rng):
     if axis == -2:
         values, offsets = values.T, offsets.T
     total = jax.jit(
-        lambda x, o: _class_reductions.sum_classes(
-            lambda x, o: jnp.exp(x + o), (x, o), axis
-        )
+        lambda x, o: reductions.sum_classes(lambda x, o: jnp.exp(x + o), (x, o), axis)
     )(values, offsets)
-    largest = _class_reductions.max_classes(operator.add, (values, offsets), axis)
+    largest = reductions.max_classes(operator.add, (values, offsets), axis)
     exact = np.exp(values.astype(np.float64) + offsets)
     np.testing.assert_allclose(total, exact.sum(axis, keepdims=True), rtol=4e-7)
     np.testing.assert_array_equal(largest, (values + offsets).max(axis, keepdims=True))
@@ -49,11 +48,9 @@ def test_reductions_equal_numpy(classes, axis, rng):
 
 def test_sums_in_slices_propagate_nan():
     values = jnp.zeros((2, 4096)).at[0, 1234].set(jnp.nan)
-    for reduction in (_class_reductions.SUM, _class_reductions.SPLIT_SUM):
+    for reduction in (reductions.SUM, reductions.SPLIT_SUM):
         total = jax.jit(
-            lambda x, by=reduction: _class_reductions.reduce_classes(
-                by, lambda x: x, (x,), -1
-            )
+            lambda x, by=reduction: reductions.reduce_classes(by, lambda x: x, (x,), -1)
         )(values)
         np.testing.assert_array_equal(np.isnan(total), [[True], [False]])
 
@@ -72,16 +69,17 @@ def test_a_nan_makes_a_wide_row_undefined(classes):
         )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("classes", [2000, 4099, 50257])
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_groups_of_slices_equal_numpy(classes, axis, rng, monkeypatch):
     """As many groups as there may be, and terms of which two are summed at a time."""
-    monkeypatch.setattr(_class_reductions, "_MOST_BYTES_OF_RESULT", 1)
+    monkeypatch.setattr(reductions, "_MOST_BYTES_OF_RESULT", 1)
     values = rng.standard_normal((4, classes)).astype(np.float32)
     weights = rng.random((1, classes)).astype(np.float32)
     if axis == -2:
         values, weights = values.T, weights.T
-    groups = _class_reductions._slices_of_operands([jnp.asarray(values)], axis)
+    groups = reductions._slices_of_operands([jnp.asarray(values)], axis)
     assert len(groups) == min(8, classes // (14 * 128))
 
     def terms(values, weights, exp=jnp.exp):
@@ -89,26 +87,26 @@ def test_groups_of_slices_equal_numpy(classes, axis, rng, monkeypatch):
         return {"exp": powers, "product": powers * weights, "square": values * values}
 
     exact = terms(values.astype(np.float64), weights.astype(np.float64), np.exp)
-    for reduction in (_class_reductions.SUM, _class_reductions.SPLIT_SUM):
+    for reduction in (reductions.SUM, reductions.SPLIT_SUM):
         totals = jax.jit(
-            lambda *operands, by=reduction: _class_reductions.reduce_classes(
+            lambda *operands, by=reduction: reductions.reduce_classes(
                 by, terms, operands, axis
             )
         )(values, weights)
         for name, total in totals.items():
             truth = exact[name].sum(axis, keepdims=True)
             np.testing.assert_allclose(total, truth, rtol=4e-7)
-    largest = _class_reductions.max_classes(operator.mul, (values, weights), axis)
+    largest = reductions.max_classes(operator.mul, (values, weights), axis)
     np.testing.assert_array_equal(largest, (values * weights).max(axis, keepdims=True))
 
 
 def test_groups_round_the_largest_a_few_times(rng, monkeypatch):
-    monkeypatch.setattr(_class_reductions, "_MOST_BYTES_OF_RESULT", 1)
+    monkeypatch.setattr(reductions, "_MOST_BYTES_OF_RESULT", 1)
     values = rng.uniform(0, 1e-6, (200, 50257)).astype(np.float32)
     values[:, 0] = 1
     exact = values.astype(np.float64).sum(-1, keepdims=True)
-    total = _class_reductions.reduce_classes(
-        _class_reductions.SPLIT_SUM, lambda x: x, (jnp.asarray(values),), -1
+    total = reductions.reduce_classes(
+        reductions.SPLIT_SUM, lambda x: x, (jnp.asarray(values),), -1
     )
     # Beside the five of one group, one for each of the three levels of a tree of eight.
     assert np.abs(np.asarray(total) - exact).max() <= 8 * 2.0**-24 * 1.01
@@ -120,8 +118,8 @@ def test_split_sum_rounds_the_largest_a_few_times(classes, rng):
     values = rng.uniform(0, 1e-6, (200, classes)).astype(np.float32)
     values[:, 0] = 1
     exact = values.astype(np.float64).sum(-1, keepdims=True)
-    total = _class_reductions.reduce_classes(
-        _class_reductions.SPLIT_SUM, lambda x: x, (jnp.asarray(values),), -1
+    total = reductions.reduce_classes(
+        reductions.SPLIT_SUM, lambda x: x, (jnp.asarray(values),), -1
     )
     # Half an ulp for the result, and for each of the four levels of a tree of slices.
     assert np.abs(np.asarray(total) - exact).max() <= 5 * 2.0**-24 * 1.01
@@ -131,9 +129,9 @@ def test_reduction_in_slices_is_not_a_copy():
     """The masked exponentials of a wide row exist only inside a fusion."""
 
     def total(x, y):
-        return _class_reductions.sum_classes(
+        return reductions.sum_classes(
             lambda x, i, y: jnp.where(i == y, 0, jnp.exp(x)),
-            (x, _numerics.class_index(x, ClassAxis(-1)), y),
+            (x, class_ids(x, -1, 0), y),
             -1,
         )
 
@@ -207,7 +205,7 @@ def test_slices_are_chosen_by_the_number_of_devices():
     """Of one program, compiled for one device and for the shards of several."""
 
     def total(x):
-        return _class_reductions.sum_classes(jnp.exp, (x,), -1)
+        return reductions.sum_classes(jnp.exp, (x,), -1)
 
     mesh = jax.make_mesh((8,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.NamedSharding(mesh, jax.P("rows"))
@@ -247,3 +245,21 @@ def test_classes_sharded_under_jit_need_all_reduces_only(kind):
     alone = jax.value_and_grad(mean)(np.asarray(logits), np.asarray(ids))
     np.testing.assert_allclose(value, alone[0], rtol=1e-6)
     np.testing.assert_allclose(gradient, alone[1], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("lead", [20.0, 36.0, 36.5, 37.0, 37.43, 38.0, 60.0])
+@pytest.mark.parametrize("target", [0.5, 0.25, 0.1, 1.0, 0.0])
+def test_gradients_of_dense_targets_beside_a_confident_class(target, lead, x64):
+    """In float64 to an ulp; 37.43 is where 1 + r and t − r both round."""
+    targets = np.array([target, 1 - target])
+
+    def loss(logits):
+        return xent_jax.softmax_cross_entropy(logits, targets)
+
+    odds = np.longdouble(np.exp(np.longdouble(-lead)))
+    rival = odds / (1 + odds)
+    truth = np.array([targets[1] - rival, rival - targets[1]], np.longdouble)
+    gradient = np.asarray(jax.grad(loss)(np.array([lead, 0.0])))
+    error = np.abs(gradient.astype(np.longdouble) - truth)
+    ulps = error / np.spacing(np.abs(truth).astype(np.float64))
+    assert np.all(ulps <= (0.6 if 0 < target < 1 else 2))

@@ -13,6 +13,8 @@ import pytest
 
 import xent_jax
 
+pytestmark = pytest.mark.once
+
 REASON = "optax with its tests is not installed (extra `test`)"
 optax = pytest.importorskip("optax", reason=REASON, exc_type=ImportError)
 suite = pytest.importorskip(

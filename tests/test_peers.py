@@ -3,7 +3,8 @@
 `test_agrees_with_*` compare value and gradient where the peer is right: moderate
 logits, valid labels. The other tests hold the reasons for this package: each shows that
 a peer still has a defect, and the loss of this package at the same point. One that
-fails says that the peer has mended it.
+fails says that the peer has mended it, which can happen only where a version that the
+extra `peers` names exactly is raised.
 """
 
 import os
@@ -28,6 +29,8 @@ from xent_jax import (
 # Read when TensorFlow and Keras are imported, which the fixtures below do.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("KERAS_BACKEND", "jax")
+
+pytestmark = pytest.mark.once
 
 INF, NAN = np.inf, np.nan
 RNG = np.random.default_rng(20240229)

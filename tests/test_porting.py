@@ -18,6 +18,8 @@ from porting_rows import EQUAL, OURS, SETUP
 
 import xent_jax
 
+pytestmark = pytest.mark.once
+
 # Read when the libraries are imported. Liger's kernels need a GPU or Triton's
 # interpreter; Keras is to run on JAX.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

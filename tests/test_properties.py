@@ -10,6 +10,8 @@ from hypothesis.extra import numpy as hnp
 
 import xent_jax
 
+pytestmark = pytest.mark.once
+
 INTEGER = xent_jax.softmax_cross_entropy_with_integer_labels
 DENSE = xent_jax.softmax_cross_entropy
 SIGMOID = xent_jax.sigmoid_binary_cross_entropy

@@ -45,6 +45,7 @@ def as_written(scores, epsilon, num_iters):
 
 
 # Every number of iterations counts: a result is not only right once it has converged.
+@pytest.mark.once
 @pytest.mark.parametrize("num_iters", [1, 2, 3, 10])
 @pytest.mark.parametrize("shape", [(128, 64), (512, 128), (4096, 300)])
 def test_float32_is_within_2e_6_of_float64(shape, num_iters, rng):
@@ -70,6 +71,23 @@ def test_equals_the_formula_as_it_is_written(kind, epsilon, num_iters, rng):
     assert total_variation(reference, truth) <= 1e-13
 
 
+@pytest.mark.parametrize("epsilon", [1e-4, 1e-6, 1e-8, 1e-10, 1e-20, 2e-38])
+def test_an_epsilon_far_below_the_scores_rounding(epsilon, rng):
+    """Where a difference of scores is huge in units of epsilon, and their ulp too."""
+    scores = rng.standard_normal((32, 8)).astype(np.float32)
+    targets = sinkhorn_targets(jnp.asarray(scores), epsilon=epsilon, num_iters=5)
+    np.testing.assert_allclose(np.sum(targets, -1), 1, rtol=1e-6)
+    gradient = jax.grad(
+        lambda s: jnp.sum(sinkhorn_targets(s, epsilon=epsilon)[:, 3] ** 2)
+    )(jnp.asarray(scores))
+    assert np.isfinite(gradient).all()
+    if epsilon >= 1e-8:
+        options = {"epsilon": np.float32(epsilon), "num_iters": 5}
+        assert (
+            total_variation(targets, oracle.sinkhorn_targets(scores, **options)) <= 2e-6
+        )
+
+
 def test_the_usual_forms_fail_where_this_one_does_not(rng):
     """exp overflows; the row's maximum subtracted before it changes the answer."""
     scores = draw("normal", 512, 128, rng).astype(np.float32)
@@ -84,6 +102,7 @@ def test_the_usual_forms_fail_where_this_one_does_not(rng):
     assert np.array_equal(targets.argmax(1), truth.argmax(1))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["cosine", "normal", "offset 5"])
 @pytest.mark.parametrize("epsilon", [0.05, 1e-3])
 def test_no_column_starves(kind, epsilon, rng):
@@ -98,6 +117,7 @@ def test_no_column_starves(kind, epsilon, rng):
         assert np.all(targets.sum(0) >= prior * (1 - 1e-5))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("kind", "epsilon"), [("cosine", 0.1), ("uniform costs", 0.03)]
 )
@@ -116,6 +136,7 @@ def test_column_error_falls_as_the_second_singular_value(kind, epsilon, rng):
     np.testing.assert_allclose(falls[-1], factor, rtol=0.2)
 
 
+@pytest.mark.once
 def test_tol_stops_at_the_first_iteration_within_it(rng):
     scores = draw("cosine", 128, 64, rng).astype(np.float32)
 
@@ -150,6 +171,7 @@ def test_iterations_after_tol_cost_next_to_nothing(rng):
     assert seconds(1e-2) < seconds(0.0) / 5
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("tol", [None, 1e-2])
 def test_dropped_rows_do_not_count(tol, rng):
     scores = draw("normal", 60, 8, rng).astype(np.float32)
@@ -261,6 +283,7 @@ def test_traced_options_that_are_not_positive_give_nan(rng):
         assert np.all(np.isnan(run(epsilon, good)))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_scores_are_computed_in_float32(dtype, rng):
     scores = jnp.asarray(draw("normal", 64, 16, rng), dtype)
@@ -285,6 +308,7 @@ def test_float64(rng, x64):
     assert sinkhorn_targets(jnp.asarray(scores, jnp.float32)).dtype == jnp.float32
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
 @pytest.mark.parametrize("num_iters", [1, 2, 5])
 @pytest.mark.parametrize("options", [{}, {"tol": 0.05}, {"where": [1, 1, 0, 1, 1]}])

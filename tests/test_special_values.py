@@ -157,6 +157,7 @@ def test_bad_ids(transform, loss, bad):
     np.testing.assert_array_equal(dropped[1], [[0, 0, 0], alone[1][0]])
 
 
+@pytest.mark.once
 @both
 @pytest.mark.parametrize(
     "dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32"]
@@ -378,6 +379,7 @@ def test_a_batch_of_no_dimension(transform):
     np.testing.assert_allclose(gradients, ROW3 - [0, 1, 0], rtol=1e-6)
 
 
+@pytest.mark.once
 @both
 @pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, -3])
 @pytest.mark.parametrize("loss", [INTEGER, DENSE, xent_jax.nll_loss])
@@ -408,6 +410,7 @@ def test_any_axis(transform, axis, loss, rng):
     )
 
 
+@pytest.mark.once
 @both
 @pytest.mark.parametrize("axis", [(2, 3), (3, 2), (0, 2), (-1, 1), (1,), None])
 @pytest.mark.parametrize("masked", [False, True])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from losses import CASES, IDS
+from losses import EACH
 
 import xent_jax
 from xent_jax import testing
@@ -16,7 +16,7 @@ INTEGER = xent_jax.softmax_cross_entropy_with_integer_labels
 DENSE = xent_jax.softmax_cross_entropy
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("case", EACH)
 def test_every_loss_obeys_its_law(case, rng):
     inputs, labels = case.inputs(rng)
     labels = labels if case.kind == "ids" else labels.astype(np.float32)
@@ -27,7 +27,7 @@ def test_every_loss_obeys_its_law(case, rng):
     testing.assert_law_differentiates(law, inputs, labels, **case.options)
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("case", EACH)
 def test_the_laws_equal_the_oracle_of_the_tests(case, rng):
     """Two people's float64 formulas of the same loss."""
     inputs, labels = case.inputs(rng)
@@ -40,6 +40,7 @@ def test_the_laws_equal_the_oracle_of_the_tests(case, rng):
     np.testing.assert_allclose(value, truth, rtol=1e-12)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("loss", [INTEGER, DENSE])
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_masks_and_axes(loss, axis, rng):

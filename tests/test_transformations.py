@@ -9,11 +9,11 @@ import numpy as np
 import oracle
 import pytest
 from differences import differences
-from losses import CASES, IDS, INTEGER, LossCase
+from losses import CASES, EACH, INTEGER, LossCase
 
 import xent_jax
 
-every_loss = pytest.mark.parametrize("case", CASES, ids=IDS)
+every_loss = pytest.mark.parametrize("case", EACH)
 
 
 def value_of(truth):

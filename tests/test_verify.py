@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 import xent_jax
-from xent_jax import _cases, verify
+from xent_jax import verify
+from xent_jax._checking import cases
 
 
 def run(*arguments, **environment):
@@ -47,7 +48,7 @@ def test_an_unknown_platform_is_an_error():
 
 
 def test_every_loss_is_verified():
-    verified = {case.loss for case in _cases.cases()}
+    verified = {case.loss for case in cases.cases()}
     # Of logits or probabilities: what is made of a kernel or of scores has no such law.
     others = ("weighted_mean", "linear_softmax", "sinkhorn_", "SoftmaxStatistics")
     losses = [name for name in xent_jax.__all__ if not name.startswith(others)]
@@ -65,8 +66,8 @@ def test_a_loss_that_is_off_is_reported(monkeypatch, capsys):
     monkeypatch.setattr(
         verify.testing, "law_of", lambda loss: laws.get(loss) or law_of(loss)
     )
-    (case,) = [case for case in _cases.cases() if case.name == "sigmoid"]
-    broken = _cases.Case("off", off, case.inputs, case.labels, case.bound)
+    (case,) = [case for case in cases.cases() if case.name == "sigmoid"]
+    broken = cases.Case("off", off, case.inputs, case.labels, case.bound)
     monkeypatch.setattr(verify, "cases", lambda **options: [broken])
     monkeypatch.setattr(verify, "find_devices", lambda platform: [jax.devices()[0]])
     assert verify.main([]) == 1

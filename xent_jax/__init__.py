@@ -7,17 +7,20 @@ and every nesting of them. `xent_jax.testing` has the assertions of their gradie
 
 from jax import export
 
-from xent_jax._linear import linear_softmax_cross_entropy
-from xent_jax._linear_statistics import SoftmaxStatistics, linear_softmax_statistics
-from xent_jax._mean import weighted_mean
-from xent_jax._probabilities import (
+from xent_jax._losses.linear import linear_softmax_cross_entropy
+from xent_jax._losses.linear_statistics import (
+    SoftmaxStatistics,
+    linear_softmax_statistics,
+)
+from xent_jax._losses.mean import weighted_mean
+from xent_jax._losses.probabilities import (
     binary_cross_entropy,
     categorical_cross_entropy,
     nll_loss,
 )
-from xent_jax._sigmoid import sigmoid_binary_cross_entropy
-from xent_jax._sinkhorn import sinkhorn_cross_entropy, sinkhorn_targets
-from xent_jax._softmax import (
+from xent_jax._losses.sigmoid import sigmoid_binary_cross_entropy
+from xent_jax._losses.sinkhorn import sinkhorn_cross_entropy, sinkhorn_targets
+from xent_jax._losses.softmax import (
     linearized_softmax_cross_entropy,
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels,

@@ -18,7 +18,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 import xent_jax
-from xent_jax._laws import (
+from xent_jax._checking.closed_forms import (
     BINARY_LAW,
     CATEGORICAL_LAW,
     LINEARIZED_LAW,
@@ -60,7 +60,9 @@ def law_of(loss: Callable[..., Any]) -> Law:
         xent_jax.categorical_cross_entropy: CATEGORICAL_LAW,
         xent_jax.binary_cross_entropy: BINARY_LAW,
     }
-    known = laws.get(inspect.unwrap(loss))
+    known = {inspect.unwrap(function): law for function, law in laws.items()}.get(
+        inspect.unwrap(loss)
+    )
     if known is None:
         raise ValueError(
             f"{loss!r} is none of {sorted(known.__name__ for known in laws)}: name the "

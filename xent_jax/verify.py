@@ -27,7 +27,7 @@ from rich.table import Table
 
 import xent_jax
 from xent_jax import testing
-from xent_jax._cases import ROWS, Case, cases
+from xent_jax._checking.cases import ROWS, Case, cases
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)

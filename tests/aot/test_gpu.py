@@ -14,6 +14,8 @@ if not compilers.has_gpu_compiler():
         allow_module_level=True,
     )
 
+pytestmark = pytest.mark.once
+
 # XLA reduces a row in two steps on a GPU, by way of 128 float32 numbers a row. A loss
 # takes up to eight such reductions, six at once; each is written and read.
 PARTIAL_RESULTS = 128 * contracts.SHAPE[0] * 4

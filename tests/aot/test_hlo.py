@@ -6,6 +6,8 @@ import pytest
 
 from aot import hlo
 
+pytestmark = pytest.mark.once
+
 # 4 KiB each, in float32.
 KIB4 = "f32[8,128]{1,0}"
 

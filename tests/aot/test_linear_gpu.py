@@ -14,6 +14,8 @@ if not compilers.has_gpu_compiler():
         allow_module_level=True,
     )
 
+pytestmark = pytest.mark.once
+
 FORMS = pytest.mark.parametrize("reduction", ["mean", None])
 
 # At the sizes of `LLAMA`, whose kernel has a gradient of 1002 MiB in float32. A GPU has

@@ -15,6 +15,8 @@ if not compilers.has_tpu_compiler():
         allow_module_level=True,
     )
 
+pytestmark = pytest.mark.once
+
 P = jax.P
 SIZES = Sizes(8192, 2048, 131072)
 ROWS_BLOCK = 1024  # the default at these sizes

@@ -13,6 +13,8 @@ if not compilers.has_tpu_compiler():
         allow_module_level=True,
     )
 
+pytestmark = pytest.mark.once
+
 FORMS = pytest.mark.parametrize("reduction", ["mean", None])
 
 # At the sizes of `LLAMA`. A scalar loss takes blocks of 1024 rows; a loss per row has

@@ -15,6 +15,8 @@ if not compilers.has_tpu_compiler():
         allow_module_level=True,
     )
 
+pytestmark = pytest.mark.once
+
 INTEGER = xent_jax.softmax_cross_entropy_with_integer_labels
 DENSE = xent_jax.softmax_cross_entropy
 ROWS, CLASSES = contracts.SHAPE

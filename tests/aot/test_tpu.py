@@ -13,6 +13,8 @@ if not compilers.has_tpu_compiler():
         allow_module_level=True,
     )
 
+pytestmark = pytest.mark.once
+
 # A number a row is 32 KiB, and most of those stay on the chip.
 LIMITS = {"temp_bytes": 4 * contracts.MEBIBYTE, "extra_bytes": 8 * contracts.MEBIBYTE}
 

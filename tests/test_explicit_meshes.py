@@ -1,0 +1,222 @@
+"""On meshes of Explicit axes, what comes with the logits may be placed anywhere.
+
+Types say there how arrays are sharded, and JAX combines those that are sharded alike
+only: labels, targets, masks and weights are brought to the logits by the functions.
+"""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from mesh_cases import (
+    CASES,
+    CLASSES,
+    DATA,
+    ROWS,
+    VOCAB,
+    MeshCase,
+    assert_same,
+    derivatives,
+    every_case,
+    expected_of,
+    mesh_of,
+    parted,
+    spec_of,
+)
+
+import xent_jax
+
+SHARDED = {"rows": (DATA, None), "classes": (None, VOCAB), "both": (DATA, VOCAB)}
+# Where companions are: (mesh axis of rows, of classes), `None` for NumPy.
+COMPANIONS = {
+    "numpy": None,
+    "replicated": (None, None),
+    "alike": "alike",
+    "otherwise": (VOCAB, DATA),
+}
+# Versions of JAX differ in what each of them shows.
+EVERYWHERE = [("rows", "numpy"), ("classes", "replicated"), ("both", "otherwise")]
+PAIRS = [
+    pytest.param(*pair, marks=() if pair in EVERYWHERE else pytest.mark.once)
+    for pair in itertools.product(SHARDED, COMPANIONS)
+]
+
+
+@pytest.fixture(autouse=True)
+def unoptimized():
+    """Compiles in a third of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return mesh_of((2, 4), "Explicit")
+
+
+def placed(case: MeshCase, mesh: Any, how: str, where: str) -> dict[str, Any]:
+    """Returns the arguments where the test wants them."""
+
+    def put(name: str, array: np.ndarray) -> Any:
+        at = SHARDED[how] if name in case.leading else COMPANIONS[where]
+        if at is None:
+            return array
+        at = SHARDED[how] if at == "alike" else at
+        spec = spec_of(case.axes()[name], *at)
+        return jax.device_put(array, jax.NamedSharding(mesh, spec))
+
+    return {name: put(name, array) for name, array in case.arrays().items()}
+
+
+def check(case: MeshCase, mesh: Any, how: str, arrays: Any, computed: Any) -> None:
+    """Results are those of one device, sharded as the rows; gradients as arguments."""
+    assert_same(computed, expected_of(case))
+    results, gradient, _ = computed
+    sharding = jax.NamedSharding(mesh, spec_of(case.result, *SHARDED[how]))
+    for result in jax.tree.leaves(results):
+        assert result.sharding.is_equivalent_to(sharding, result.ndim)
+    for name, slope in gradient.items():
+        if isinstance(arrays[name], jax.Array):
+            assert slope.sharding.is_equivalent_to(arrays[name].sharding, slope.ndim)
+
+
+@functools.cache
+def program(case: MeshCase) -> Any:
+    return jax.jit(functools.partial(derivatives, case))
+
+
+@pytest.mark.parametrize(("how", "where"), PAIRS)
+@every_case
+def test_jitted_is_unsharded(case, how, where, mesh):
+    with jax.set_mesh(mesh):
+        arrays = placed(case, mesh, how, where)
+        computed = program(case)(*parted(case, arrays))
+    check(case, mesh, how, arrays, computed)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("case", "where"),
+    [
+        # A head is compiled for every call: the placement that is farthest suffices.
+        pytest.param(case, where, id=f"{case.name}-{where}")
+        for case in CASES
+        for where in COMPANIONS
+        if "kernel" not in case.inputs or where == "otherwise"
+    ],
+)
+def test_eager_is_unsharded(case, where, mesh):
+    """Every companion with every function; over the functions, every sharding."""
+    how = list(SHARDED)[(CASES.index(case) + list(COMPANIONS).index(where)) % 3]
+    with jax.set_mesh(mesh):
+        arrays = placed(case, mesh, how, where)
+        computed = derivatives(case, *parted(case, arrays))
+    check(case, mesh, how, arrays, computed)
+
+
+@pytest.mark.parametrize("options", ["", "label_smoothing", "class_weights"])
+@pytest.mark.parametrize("how", SHARDED)
+def test_one_hot_of_ids_that_are_sharded_as_rows(how, options, mesh):
+    """What drop-in users write: JAX shards its rows, and not its classes."""
+    numbers = {
+        "label_smoothing": 0.1,
+        "class_weights": np.linspace(0.5, 2.0, CLASSES, dtype=np.float32),
+    }
+    more = {options: numbers[options]} if options else {}
+
+    def total(logits, ids):
+        targets = jax.nn.one_hot(ids, CLASSES)
+        return jnp.sum(xent_jax.softmax_cross_entropy(logits, targets, **more) ** 2)
+
+    arrays = MeshCase("", total, ("logits", "ids"), "", (), {}, ()).arrays()
+    logits, ids = arrays["logits"], arrays["ids"]
+    expected = jax.value_and_grad(total)(logits, ids)
+    rows, classes = SHARDED[how]
+    with jax.set_mesh(mesh):
+        ids = jax.device_put(ids, jax.P(rows))
+        logits = jax.device_put(logits, jax.P(rows, classes))
+        jitted = jax.jit(jax.value_and_grad(total))(logits, ids)
+        eager = jax.value_and_grad(total)(logits, ids)
+    assert_same(jitted, expected)
+    assert_same(eager, expected)
+
+
+@pytest.mark.parametrize("axis", [1, (1, 2), (2, 1)])
+def test_classes_on_other_axes(axis, mesh):
+    """The classes of several axes are sharded as the first of them that is."""
+    shape = (ROWS, 4, 3)
+    rng = np.random.default_rng(3)
+    logits = np.float32(rng.standard_normal(shape))
+    targets = np.float32(rng.uniform(0.1, 1.0, shape))
+    weights = np.float32(rng.uniform(0.5, 2.0, 12 if isinstance(axis, tuple) else 4))
+
+    def total(logits, targets, weights):
+        loss = xent_jax.softmax_cross_entropy(
+            logits, targets, axis, class_weights=weights
+        )
+        return jnp.sum(loss**2)
+
+    run = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
+    expected = run(logits, targets, weights)
+    with jax.set_mesh(mesh):
+        computed = run(jax.device_put(logits, jax.P(DATA)), targets, weights)
+    assert_same(computed, expected)
+
+
+@pytest.mark.parametrize("where", COMPANIONS)
+def test_values_need_no_mesh_around_the_call(where, mesh):
+    """The logits say which devices there are: `jax.set_mesh` is for gradients."""
+    for case in CASES[:2]:
+        arrays = placed(case, mesh, "both", where)
+        expected = expected_of(case)[0]
+        assert_same(case(arrays), expected)
+        assert_same(jax.jit(case)(arrays), expected)
+
+
+@pytest.mark.parametrize("where", ["replicated", "otherwise"])
+def test_logits_that_are_not_on_a_mesh(where, mesh):
+    """What comes with them is, and is gathered."""
+    for case in (CASES[1], CASES[5], CASES[-1]):
+        arrays = case.arrays()
+        companions = {
+            name: jax.device_put(
+                array,
+                jax.NamedSharding(mesh, spec_of(case.axes()[name], *COMPANIONS[where])),
+            )
+            for name, array in arrays.items()
+            if name not in case.leading
+        }
+        with jax.set_mesh(mesh):
+            results = jax.jit(case)(arrays | companions)
+        assert_same(results, expected_of(case)[0])
+
+
+def test_without_an_explicit_mesh_nothing_is_added():
+    """By this package, that is: `jnp.where` reshards on its own account."""
+    for case in CASES:
+        auto = jax.make_jaxpr(case)(
+            placed(case, mesh_of((2, 4), "Auto"), "both", "numpy")
+        )
+        assert "_resharded" not in str(auto)
+        assert "_resharded" not in str(jax.make_jaxpr(case)(case.arrays()))
+
+
+def test_inside_a_shard_map_nothing_is_added(mesh):
+    for case in CASES:
+        specs = {name: jax.P() for name in case.inputs}
+        mapped = jax.shard_map(case, mesh=mesh, in_specs=(specs,), out_specs=jax.P())
+        with jax.set_mesh(mesh):
+            assert "_resharded" not in str(jax.make_jaxpr(mapped)(case.arrays()))
+
+
+def test_what_is_placed_alike_is_left_alone(mesh):
+    for case in CASES:
+        if "kernel" not in case.inputs:
+            with jax.set_mesh(mesh):
+                text = str(jax.make_jaxpr(case)(placed(case, mesh, "both", "alike")))
+            assert "_resharded" not in text

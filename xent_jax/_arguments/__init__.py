@@ -1,0 +1,1 @@
+"""Arguments of a call: read, checked, and brought to one layout and one place."""

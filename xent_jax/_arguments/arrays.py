@@ -1,0 +1,297 @@
+"""From the caller's arguments to arrays of one layout, checked on the way.
+
+Inside the package the classes are on one axis, everything that is one number a row has
+size 1 there, and class ids are int32 with −1 for an id that is no class.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from xent_jax._arguments import checks, placement
+from xent_jax._arguments.checks import Shape
+from xent_jax._reductions.axis import AxisName, ClassAxis
+from xent_jax._reductions.precision import accumulation_dtype
+
+Axis = int | Sequence[int] | None
+
+
+class Layout(NamedTuple):
+    """Where the classes of one call are.
+
+    Several class axes are moved to the end and flattened, so a class id then is the
+    row-major index over the axes in the order named.
+    """
+
+    function: str
+    name: str  # of the argument that has the classes
+    shape: Shape  # as given
+    axes: tuple[int, ...]  # as given, non-negative
+    axis_name: AxisName = None  # of the mesh, where the class axis is sharded
+    logits: jax.Array | None = None  # as given: what else is given goes to where it is
+
+    @property
+    def axis(self) -> int:
+        """The class axis inside the package, negative."""
+        return -1 if len(self.axes) > 1 else self.axes[0] - len(self.shape)
+
+    @property
+    def class_axis(self) -> ClassAxis:
+        """Where the classes are inside the package."""
+        return ClassAxis(self.axis, self.axis_name)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes here, over all class axes."""
+        count = 1
+        for axis in self.axes:
+            count *= self.shape[axis]
+        return count
+
+    @property
+    def batch_shape(self) -> Shape:
+        """The shape without the class axes: that of the loss."""
+        return tuple(
+            size for axis, size in enumerate(self.shape) if axis not in self.axes
+        )
+
+    @property
+    def kept_shape(self) -> Shape:
+        """The shape with class axes of size 1."""
+        return tuple(
+            1 if axis in self.axes else size for axis, size in enumerate(self.shape)
+        )
+
+    @property
+    def batch_meaning(self) -> str:
+        """How a message explains `batch_shape`."""
+        plural = "axis" if len(self.axes) == 1 else "axes"
+        names = ", ".join(str(axis) for axis in self.axes)
+        return f"{self.name} without {plural} {names}"
+
+    def classes(self, array: jax.Array) -> jax.Array:
+        """Brings an array of the given shape into the layout."""
+        if len(self.axes) == 1:
+            return array
+        batch = tuple(axis for axis in range(array.ndim) if axis not in self.axes)
+        return array.transpose(batch + self.axes).reshape(
+            *self.batch_shape, self.num_classes
+        )
+
+    def rows_beside(self, array: jax.Array) -> jax.Array:
+        """Brings an array of the batch shape to the sharding of the logits."""
+        if self.logits is None:
+            return array
+        batch = [axis for axis in range(self.logits.ndim) if axis not in self.axes]
+        return placement.beside(array, self.logits, batch)
+
+    def all_beside(self, array: jax.Array) -> jax.Array:
+        """Brings an array of the given shape to the sharding of the logits."""
+        return array if self.logits is None else placement.beside(array, self.logits)
+
+    def classes_beside(self, array: jax.Array) -> jax.Array:
+        """Brings one number a class to the sharding of the logits in the layout."""
+        if self.logits is None:
+            return array
+        if placement.on_explicit_mesh(self.logits, array) is None:
+            return array
+        return placement.beside(array, self.classes(self.logits), [self.axis])
+
+    def rows(self, array: jax.Array) -> jax.Array:
+        """Brings an array of the batch shape into the layout."""
+        return jnp.expand_dims(array, self.axis)
+
+    def squeeze(self, array: jax.Array) -> jax.Array:
+        """Takes the class axis of size 1 off a result."""
+        return jnp.squeeze(array, self.axis)
+
+
+class Keep(NamedTuple):
+    """The two masks that one `where` turns into."""
+
+    classes: jax.Array | None
+    rows: jax.Array | None
+    count: jax.Array | None = None  # int32: kept classes a row, if they are masked
+
+
+def read_logits(
+    function: str,
+    name: str,
+    logits: ArrayLike,
+    axis: Axis,
+    class_axis_name: AxisName = None,
+) -> tuple[jax.Array, Layout]:
+    """Returns the logits (or log-probabilities, or probabilities) and their layout."""
+    array = checks.as_array(function, name, logits)
+    checks.check_floating(function, name, array)
+    if array.ndim == 0:
+        checks.fail(ValueError, function, name, "have a class axis", array.shape)
+    axes = checks.canonical_axes(function, axis, array.ndim)
+    checks.check_axis_name(function, "class_axis_name", class_axis_name)
+    if class_axis_name is not None and len(axes) != 1:
+        expected = "be one axis where class_axis_name shards it"
+        checks.fail(ValueError, function, "axis", expected, repr(axis))
+    layout = Layout(function, name, array.shape, axes, class_axis_name, array)
+    if layout.num_classes == 0:
+        checks.fail(ValueError, function, name, "have at least one class", array.shape)
+    return layout.classes(array), layout
+
+
+def read_where(layout: Layout, where: ArrayLike | None) -> Keep:
+    """Returns the masks of the classes and of the rows that count.
+
+    A row without a single kept class, on any shard, does not count.
+    """
+    if where is None:
+        return Keep(None, None)
+    mask = checks.as_array(layout.function, "where", where)
+    checks.check_boolean(layout.function, "where", mask)
+    if mask.shape == layout.shape:
+        classes = layout.classes(layout.all_beside(mask))
+        local = jnp.sum(classes, axis=layout.axis, keepdims=True, dtype=jnp.int32)
+        count = layout.class_axis.total(local)
+        return Keep(classes, count > 0, count)
+    if mask.shape != layout.batch_shape:
+        expected = (
+            f"have shape {layout.batch_shape} ({layout.batch_meaning}) or "
+            f"{layout.shape} (that of {layout.name})"
+        )
+        checks.fail(ValueError, layout.function, "where", expected, mask.shape)
+    return Keep(None, layout.rows(layout.rows_beside(mask)))
+
+
+def read_mask(
+    function: str,
+    where: ArrayLike | None,
+    shape: Shape,
+    meaning: str,
+    logits: jax.Array | None = None,
+) -> jax.Array | None:
+    """Returns a mask of the shape of the logits, or of their leading axes."""
+    if where is None:
+        return None
+    mask = checks.as_array(function, "where", where)
+    checks.check_boolean(function, "where", mask)
+    checks.check_shape(function, "where", mask, shape, meaning)
+    return mask if logits is None else placement.beside(mask, logits)
+
+
+def unwrapped_ids(labels: Any) -> Any:
+    """Returns class ids that JAX does not wrap: what is beyond 32 bits is moved there.
+
+    Without 64-bit types JAX would keep the low 32 bits of NumPy's ids, and of all that
+    turns into NumPy arrays. The last number of 32 bits is no more of a class than they.
+    """
+    labels = checks.resolved(labels)
+    if isinstance(labels, jax.Array):
+        return labels
+    if isinstance(labels, list | tuple):
+        return [unwrapped_ids(one) for one in labels]
+    last = np.iinfo(np.int32).max
+    if isinstance(labels, int):
+        return labels if -1 <= labels <= last else min(max(labels, -1), last)
+    ids = labels
+    if not isinstance(ids, np.ndarray | np.generic):
+        # What NumPy cannot read is JAX's affair: it may be on a device.
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            ids = np.asarray(labels)
+    if not isinstance(ids, np.ndarray | np.generic) or ids.dtype.kind not in "iu":
+        return labels
+    if ids.dtype.itemsize < 8:
+        return ids
+    return np.clip(ids, None if ids.dtype.kind == "u" else -1, last)
+
+
+def read_class_ids(layout: Layout, labels: ArrayLike, keep: Keep) -> jax.Array:
+    """Returns int32 ids: −1 for one outside the classes, 0 in a dropped row.
+
+    The range is checked in the caller's dtype: a narrower or wider integer never wraps
+    into the classes. Ids count over all shards.
+    """
+    num_classes = layout.class_axis.count(layout.num_classes)
+    ids = checks.as_array(layout.function, "labels", unwrapped_ids(labels))
+    hint = _hint_for_ids(layout, ids)
+    checks.check_class_ids(layout.function, "labels", ids, hint)
+    checks.check_shape(
+        layout.function, "labels", ids, layout.batch_shape, layout.batch_meaning, hint
+    )
+    ids = layout.rows_beside(ids)
+    if jnp.iinfo(ids.dtype).bits < 32:
+        ids = ids.astype(jnp.int32)
+    inside = (ids >= 0) & (ids < num_classes)
+    ids = layout.rows(jnp.where(inside, ids, 0).astype(jnp.int32))
+    ids = jnp.where(layout.rows(inside), ids, -1)
+    return ids if keep.rows is None else jnp.where(keep.rows, ids, 0)
+
+
+def _hint_for_ids(layout: Layout, labels: jax.Array) -> str:
+    """Returns what a message says about labels that are no class ids of the batch."""
+    integers = jnp.issubdtype(labels.dtype, jnp.integer)
+    if integers and labels.shape == layout.kept_shape:
+        axes = layout.axes[0] if len(layout.axes) == 1 else layout.axes
+        return f"take the axis of size 1 off with jnp.squeeze(labels, {axes})"
+    if labels.shape == layout.shape:
+        return "softmax_cross_entropy takes a target for every class"
+    floating = jnp.issubdtype(labels.dtype, jnp.floating)
+    return "convert class ids with labels.astype(int32)" if floating else ""
+
+
+def _hint_for_targets(layout: Layout, labels: jax.Array) -> str:
+    """Returns what a message says about class ids where targets are expected."""
+    if labels.shape not in (layout.batch_shape, layout.kept_shape):
+        return ""
+    if layout.function == "categorical_cross_entropy":
+        return "nll_loss of jnp.log(probs) takes class ids"
+    return "softmax_cross_entropy_with_integer_labels takes class ids"
+
+
+def read_targets(layout: Layout, labels: ArrayLike, dtype: jnp.dtype) -> jax.Array:
+    """Returns dense targets in the accumulation dtype."""
+    array = checks.as_real(layout.function, "labels", labels)
+    meaning, hint = f"that of {layout.name}", _hint_for_targets(layout, array)
+    checks.check_shape(layout.function, "labels", array, layout.shape, meaning, hint)
+    array = layout.all_beside(array)
+    return layout.classes(array.astype(accumulation_dtype(dtype)))
+
+
+def read_class_weights(
+    layout: Layout, class_weights: ArrayLike | None, dtype: jnp.dtype
+) -> jax.Array | None:
+    """Returns the weights in the accumulation dtype, on the class axis."""
+    if class_weights is None:
+        return None
+    array = checks.as_real(layout.function, "class_weights", class_weights)
+    shape = (layout.num_classes,)
+    here = " of this shard" if layout.axis_name is not None else ""
+    checks.check_shape(
+        layout.function, "class_weights", array, shape, f"one number a class{here}"
+    )
+    array = layout.classes_beside(array)
+    ndim = len(layout.batch_shape) + 1
+    other = tuple(axis for axis in range(ndim) if axis != layout.axis % ndim)
+    return jnp.expand_dims(array.astype(accumulation_dtype(dtype)), other)
+
+
+def read_scalar(
+    function: str,
+    argument: str,
+    value: ArrayLike,
+    dtype: jnp.dtype,
+    *,
+    highest: float = float("inf"),
+) -> jax.Array | None:
+    """Returns a coefficient in [0, highest], or `None` where it is the number 0.
+
+    A traced or device value is used as it is, 0 or not.
+    """
+    number = checks.read_number(
+        function, argument, value, accumulation_dtype(dtype), highest=highest
+    )
+    if not isinstance(number, jax.Array) and number == 0:
+        return None
+    return jnp.asarray(number)

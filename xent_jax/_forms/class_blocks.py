@@ -1,0 +1,214 @@
+"""The form of a linear head whose classes come in blocks, for a result per row.
+
+The sums of the blocks are merged, and so are the tangents, in a scan whose body is
+checkpointed: reverse mode makes each block of logits again instead of keeping it.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xent_jax._forms.head import Layer, Rows, capped, kept_hidden, product
+from xent_jax._forms.loops import loop, varying, zeros
+from xent_jax._reductions.precision import accumulation_dtype
+from xent_jax._reductions.tangents import tangent_of
+from xent_jax._targets.block import Block
+from xent_jax._targets.class_ids import ClassIds, Dots, Results, Sums
+
+
+class ClassBlocks(NamedTuple):
+    """The form; static. Its arguments are the rows and the layer of a head."""
+
+    kind: ClassIds
+    size: int  # classes a block
+
+    def differentiated(self) -> "ClassBlocks":
+        """Returns the form for results that derivatives use too."""
+        return self
+
+    def results(self, rows: Rows, layer: Layer) -> Results:
+        """Returns the results of every row, [N, 1]."""
+        return _results(self, rows, layer)
+
+    def tangents(self, primals: Any, results: Results, dots: Any) -> Dots:
+        """Returns the tangents of the results that are sums over the classes."""
+        rows, layer = primals
+        rows_dot, layer_dot = dots
+        hidden_dot = rows_dot.hidden
+        if hidden_dot is not None:
+            # In float32, so that reverse mode adds the blocks up in float32.
+            hidden_dot = kept_hidden(rows._replace(hidden=hidden_dot))
+            hidden_dot = hidden_dot.astype(results.loss.dtype)
+        dot = _tangents(self, rows, hidden_dot, layer, layer_dot, results)
+        # Rows that are typed as if they differed over the classes have such results.
+        return jax.tree.map(lambda array: varying(array, results.statistics), dot)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _results(form: ClassBlocks, rows: Rows, layer: Layer) -> Results:
+    kind = form.kind
+    kept = rows._replace(hidden=kept_hidden(rows))
+
+    first = kind.classes.first(layer.kernel.shape[1])
+
+    def sums_of(index: jax.Array) -> Sums:
+        block, labels = _block(form, kept, layer, first, index)[:2]
+        return kind.sums(block, labels)
+
+    def step(total: Sums, index: jax.Array) -> tuple[Sums, None]:
+        return kind.merged(total, sums_of(index)), None
+
+    indices = _indices(form, layer)
+    nothing = jax.tree.map(
+        lambda out: zeros(out.shape, out.dtype, (kept, layer)),
+        jax.eval_shape(sums_of, indices[0]),
+    )
+    total, _ = loop(step, kind.nothing(nothing), indices)
+    return kind.results(kind.over_shards(total), rows.labels, rows.keep)
+
+
+def _indices(form: ClassBlocks, layer: Layer) -> jax.Array:
+    blocks = -(-layer.kernel.shape[1] // form.size)
+    return jnp.arange(blocks, dtype=jnp.int32)
+
+
+def _slice(form: ClassBlocks, start: jax.Array, array: Any) -> Any:
+    """Returns a block's part of an array of classes, `None` for `None`."""
+    if array is None:
+        return None
+    return jax.lax.dynamic_slice_in_dim(array, start, form.size, axis=1)
+
+
+class _Made(NamedTuple):
+    """A block of classes, and how its logits were made."""
+
+    block: Block
+    labels: jax.Array  # −1 where the label is not counted here
+    start: jax.Array  # the first class, of those here
+    part: Layer
+    linear: jax.Array  # the product with the kernel
+
+
+def _block(
+    form: ClassBlocks,
+    rows: Rows,
+    layer: Layer,
+    first: jax.Array | int,
+    index: jax.Array,
+) -> _Made:
+    """Returns a block of classes with its logits, of rows that are 0 where dropped.
+
+    The last block overlaps the one before it, whose classes it does not count again.
+    `first` is the id of the first class here, which a loop must not ask the mesh for.
+    """
+    classes, size = layer.kernel.shape[1], form.size
+    start = jnp.minimum(index * size, classes - size)
+    take = functools.partial(_slice, form, start)
+    part = Layer(
+        take(layer.kernel),
+        take(layer.bias),
+        layer.softcap,
+        take(layer.class_mask),
+        take(layer.class_weights),
+    )
+    linear = product(rows.hidden, part.kernel.astype(rows.hidden.dtype))
+    logits = capped(linear, part.bias, part.softcap)
+    ids = first + start + jnp.arange(size, dtype=jnp.int32)[None]
+    mask, labels = part.class_mask, rows.labels
+    if classes % size:
+        fresh = ids >= first + index * size
+        mask = fresh if mask is None else mask & fresh
+        labels = jnp.where(labels >= first + index * size, labels, -1)
+    block = Block(logits, ids, mask, rows.keep, part.class_weights)
+    return _Made(block, labels, start, part, linear)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tangents(
+    form: ClassBlocks,
+    rows: Rows,
+    hidden_dot: jax.Array | None,
+    layer: Layer,
+    layer_dot: Layer,
+    results: Results,
+) -> Dots:
+    """Returns the tangents of the results, linear in those of the arguments."""
+    # What is the same on all devices of a `shard_map` would, in reverse mode, have its
+    # gradient summed over them in every step.
+    rows = rows._replace(hidden=kept_hidden(rows))
+    arguments = rows, hidden_dot, layer, layer_dot, results
+    rows, hidden_dot, layer, layer_dot, results = jax.tree.map(
+        lambda array: varying(array, arguments), arguments
+    )
+
+    first = form.kind.classes.first(layer.kernel.shape[1])
+
+    def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
+        total, dots = carry
+        made = _block(form, rows, layer, first, index)
+        take = functools.partial(_slice, form, made.start)
+        hidden_dot, layer_dot = dots
+        part_dot = Layer(
+            take(layer_dot.kernel),
+            take(layer_dot.bias),
+            layer_dot.softcap,
+            None,
+            take(layer_dot.class_weights),
+        )
+        dot = form.kind.tangents(
+            made.block,
+            made.labels,
+            results,
+            _logits_dot(rows.hidden, hidden_dot, made, part_dot),
+            part_dot.class_weights,
+        )
+        return (jax.tree.map(jnp.add, total, dot), dots), None
+
+    zero = zeros(results.loss.shape, results.loss.dtype, (rows, layer))
+    nothing = form.kind.no_tangents(results, zero)
+    step = jax.checkpoint(step, prevent_cse=False)
+    # The tangents are carried along: jax 0.7.2 does not transpose a scan whose rule
+    # was written by hand and that has them as constants.
+    start = nothing, (hidden_dot, layer_dot)
+    (total, _), _ = jax.lax.scan(step, start, _indices(form, layer))
+    return form.kind.classes.total(total)
+
+
+def _logits_dot(
+    hidden: jax.Array, hidden_dot: jax.Array | None, made: _Made, part_dot: Layer
+) -> jax.Array | None:
+    """Returns the tangent of a block's logits."""
+    part, linear, linear_dot = made.part, made.linear, None
+    if hidden_dot is not None:
+        kernel = part.kernel.astype(hidden.dtype)
+        linear_dot = _tangent_product(hidden_dot, kernel, hidden.dtype)
+    if part_dot.kernel is not None:
+        by_kernel = _tangent_product(hidden, part_dot.kernel, hidden.dtype)
+        linear_dot = by_kernel if linear_dot is None else linear_dot + by_kernel
+    dots = linear_dot, part_dot.bias, part_dot.softcap
+    if all(dot is None for dot in dots):
+        return None
+    return tangent_of(capped, (linear, part.bias, part.softcap), dots)[1]
+
+
+def _tangent_product(left: jax.Array, right: jax.Array, dtype: Any) -> jax.Array:
+    """Returns a product of matrices, one a tangent, in the accumulation dtype.
+
+    On a GPU and a TPU it multiplies in the features' dtype, and so does what it
+    transposes to, whose result is rounded to that dtype before blocks add up. (A
+    `jax.lax.DotAlgorithm` would say that it is not, but cannot be exported for a CPU
+    beside them.) XLA:CPU multiplies as fast in float32.
+    """
+    result = accumulation_dtype(dtype)
+
+    def narrow(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.matmul(left.astype(dtype), right.astype(dtype)).astype(result)
+
+    def wide(left: jax.Array, right: jax.Array) -> jax.Array:
+        return jnp.matmul(left.astype(result), right.astype(result))
+
+    if dtype == result:
+        return wide(left, right)
+    return jax.lax.platform_dependent(left, right, cpu=wide, default=narrow)

@@ -1,0 +1,1 @@
+"""Reductions over the classes: on one device, over mesh axes, as XLA does them well."""

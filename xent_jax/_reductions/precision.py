@@ -1,0 +1,39 @@
+"""Dtypes of the computation, and arithmetic that does not lose what it should keep."""
+
+import jax
+import jax.numpy as jnp
+
+
+def accumulation_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype in which everything is computed: float64 only for float64."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def two_sum(left: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the rounded sum and its rounding error (Knuth's TwoSum).
+
+    The error is 0 where the sum is not finite, and a constant to differentiation.
+    """
+    total = left + right
+    finite = jnp.isfinite(total)
+    left, right = (jnp.where(finite, part, 0) for part in (left, right))
+    virtual = (left + right) - left
+    error = (left - ((left + right) - virtual)) + (right - virtual)
+    return total, jax.lax.stop_gradient(error)
+
+
+def scaled(factor: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns `factor·values`, 0 where a factor of 0 meets an infinite value.
+
+    A finite value keeps its derivative by a factor of 0.
+    """
+    absent = (factor == 0) & jnp.isinf(values)
+    return factor * jnp.where(absent, 0, values)
+
+
+def nan_where(bad: jax.Array, values: jax.Array) -> jax.Array:
+    """Returns the values, NaN where they are bad: no NaN is made for any other.
+
+    A constant NaN beside them would raise under `jax_debug_nans` on data that are good.
+    """
+    return jnp.where(bad, jnp.sqrt(-bad.astype(values.dtype)), values)

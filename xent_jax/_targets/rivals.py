@@ -1,0 +1,191 @@
+"""Sums of a block of logits over the rivals of a label, and how blocks' sums add up.
+
+The sums of a block are relative to its own best rival. Two blocks are added after both
+are made relative to the better one, so that nothing overflows and no term is negative.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from xent_jax._reductions.classes import SPLIT_SUM, SUM, max_classes, reduce_classes
+from xent_jax._reductions.lowering import on_one_device
+from xent_jax._targets.block import Block, block_at, values_of, zero_where_dropped
+from xent_jax._targets.label_row import pivot_of
+
+
+class UniformSums(NamedTuple):
+    """What the loss of uniform targets, weighted by class, is made of."""
+
+    distance: jax.Array  # Σ_{j≠y} w_j (pivot − x_j)
+    rivals: jax.Array  # Σ_{j≠y} w_j over the kept classes
+    label: jax.Array  # w_y, 0 where its class is dropped
+
+
+class Largest(NamedTuple):
+    """The largest logit, the label's included."""
+
+    logit: jax.Array
+    class_id: jax.Array  # int32, the lowest of equally large ones
+
+
+class Sums(NamedTuple):
+    """Per row, of size 1 along the class axis; `None` where not wanted."""
+
+    best_rival: jax.Array  # −inf where there is none; the pivot of the other sums
+    rivals: jax.Array  # Σ_{j≠y} exp(x_j − pivot)
+    label_logit: jax.Array  # 0 where the label is in another block
+    uniform: UniformSums | None
+    label_weight: jax.Array | None  # w_y, also where the label's class is dropped
+    distance: jax.Array | None  # Σ_{j≠y} exp(x_j − pivot) (pivot − x_j)
+    largest: Largest | None
+
+
+class Wanted(NamedTuple):
+    """Which sums are wanted beside those of every loss; static."""
+
+    uniform: bool = False
+    label_weight: bool = False
+    entropy: bool = False
+    prediction: bool = False
+    reused: bool = False  # whether several fusions use the sums
+
+
+def sums_of(wanted: Wanted, axis: int, block: Block, labels: jax.Array) -> Sums:
+    """Returns the sums over one block of classes."""
+    operands = block, labels
+    best_rival = max_classes(_rival, operands, axis, reused=wanted.reused)
+    pivot = pivot_of(best_rival)
+    split_sum = SPLIT_SUM._replace(reused=wanted.reused)
+    operands = block, labels, pivot
+    return Sums(
+        best_rival,
+        reduce_classes(split_sum, _power, operands, axis),
+        _label_logit(axis, block, labels),
+        _uniform_sums(axis, block, labels, pivot) if wanted.uniform else None,
+        _label_weight(axis, block, labels) if wanted.label_weight else None,
+        reduce_classes(SUM, _distance, operands, axis) if wanted.entropy else None,
+        _largest(axis, block) if wanted.prediction else None,
+    )
+
+
+def merged(left: Sums, right: Sums) -> Sums:
+    """Returns the sums of two blocks together, `left` having the lower ids."""
+    best_rival = jnp.maximum(left.best_rival, right.best_rival)
+    both = relative_to(best_rival, left), relative_to(best_rival, right)
+    added = jax.tree.map(jnp.add, *both)
+    largest = None
+    if left.largest is not None and right.largest is not None:
+        higher = right.largest.logit > left.largest.logit
+        largest = Largest(
+            jnp.maximum(left.largest.logit, right.largest.logit),
+            jnp.where(higher, right.largest.class_id, left.largest.class_id),
+        )
+    return added._replace(best_rival=best_rival, largest=largest)
+
+
+def _rival(block: Block, labels: jax.Array) -> jax.Array:
+    return jnp.where(block.class_ids == labels, -jnp.inf, values_of(block))
+
+
+def _power(block: Block, labels: jax.Array, pivot: jax.Array) -> jax.Array:
+    power = jnp.exp(values_of(block) - pivot)
+    return jnp.where(block.class_ids == labels, 0, power)
+
+
+def _distance(block: Block, labels: jax.Array, pivot: jax.Array) -> jax.Array:
+    below = pivot - values_of(block)
+    share = jnp.exp(-below)
+    share = share * jnp.where(share == 0, 0, below)  # 0·inf is never formed
+    return jnp.where(block.class_ids == labels, 0, share)
+
+
+def _label_logit(axis: int, block: Block, labels: jax.Array) -> jax.Array:
+    """Returns the logit of each row's label, 0 where the label is in another block.
+
+    A sum over a mask, which shares a pass over the logits with the other reductions,
+    except on a CPU, where a gather saves that pass.
+    """
+
+    def by_mask(block: Block, labels: jax.Array) -> jax.Array:
+        own = jnp.where(block.class_ids == labels, values_of(block), 0)
+        return jnp.sum(own, axis=axis, keepdims=True)
+
+    def by_gather(block: Block, labels: jax.Array) -> jax.Array:
+        here, ids = _places(block.class_ids, labels)
+        picked = block_at(axis, block, ids)
+        return jnp.where(ids == here, values_of(picked), 0)
+
+    return on_one_device(by_mask, by_gather)(block, labels)
+
+
+def _label_weight(axis: int, block: Block, labels: jax.Array) -> jax.Array | None:
+    """Returns the weight of the label's class, 0 where it is in another block."""
+    if block.class_weights is None:
+        return None
+
+    def by_mask(weights: jax.Array, ids: jax.Array, labels: jax.Array) -> jax.Array:
+        own = jnp.where(ids == labels, weights, 0)
+        return jnp.sum(own, axis=axis, keepdims=True)
+
+    def by_gather(weights: jax.Array, ids: jax.Array, labels: jax.Array) -> jax.Array:
+        here, place = _places(ids, labels)
+        return jnp.where(place == here, weights.reshape(-1)[place], 0)
+
+    choose = on_one_device(by_mask, by_gather)
+    return choose(block.class_weights, block.class_ids, labels)
+
+
+def _places(class_ids: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns where labels are among consecutive ids, and the same kept inside them."""
+    here = labels - class_ids.reshape(-1)[0]
+    return here, jnp.clip(here, 0, class_ids.size - 1)
+
+
+def _uniform_sums(
+    axis: int, block: Block, labels: jax.Array, pivot: jax.Array
+) -> UniformSums:
+    def terms(block: Block, labels: jax.Array, pivot: jax.Array) -> UniformSums:
+        below, weights = pivot - values_of(block), block.class_weights
+        if weights is not None:
+            # A weight of 0 drops an infinite difference.
+            below = weights * jnp.where(weights == 0, 0, below)
+        else:
+            weights = jnp.ones_like(below)
+        hit = block.class_ids == labels
+        rivals = jnp.where(hit, 0, weights)
+        label = jnp.where(hit, weights, 0)
+        below = zero_where_dropped(jnp.where(hit, 0, below), block)
+        if block.keep_class is not None:
+            rivals, label = (
+                jnp.where(block.keep_class, part, 0) for part in (rivals, label)
+            )
+        return UniformSums(below, rivals, label)
+
+    return reduce_classes(SUM, terms, (block, labels, pivot), axis)
+
+
+def _largest(axis: int, block: Block) -> Largest:
+    values = values_of(block)
+    first = jnp.argmax(values, axis=axis, keepdims=True).astype(jnp.int32)
+    first = first + jax.lax.index_in_dim(block.class_ids, 0, axis)
+    return Largest(jnp.max(values, axis=axis, keepdims=True), first)
+
+
+def relative_to(best_rival: jax.Array, sums: Sums) -> Sums:
+    """Returns the sums relative to a better rival."""
+    own = sums.best_rival
+    factor = jnp.exp(own - pivot_of(best_rival))
+    rise = jnp.where(own == -jnp.inf, 0, best_rival - own)
+    uniform, distance = sums.uniform, sums.distance
+    if uniform is not None:
+        uniform = uniform._replace(distance=uniform.distance + uniform.rivals * rise)
+    if distance is not None:
+        distance = factor * (distance + sums.rivals * rise)
+    return sums._replace(
+        best_rival=best_rival,
+        rivals=factor * sums.rivals,
+        uniform=uniform,
+        distance=distance,
+    )
