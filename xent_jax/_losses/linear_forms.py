@@ -67,20 +67,48 @@ def linear_loss(
         skip=arguments["where"] is not None and head.classes.axis_name is None,
     )
     ones = jnp.ones((count, 1), dtype)
-    coefficients = Coefficients(
-        *(None if factor is None else factor * ones for factor in coefficients)
-    )
     if coefficients.loss is None:
         coefficients = coefficients._replace(loss=ones)
-    total = linear_loss_sum(form, head.rows, head.layer, coefficients)
     if reduction == "sum":
-        return psum(total, batch_axis_name)
+        return psum(_sum(form, head, coefficients, ones), batch_axis_name)
     mass = ones if label_weights is None else label_weights * ones
+    return _mean(form, head, coefficients, mass, batch_axis_name)
+
+
+def _mean(
+    form: RowBlocks,
+    head: Head,
+    coefficients: Coefficients,
+    mass: jax.Array,
+    batch_axis_name: AxisName,
+) -> jax.Array:
+    """Returns the sum of the losses over the sum of their masses, [N, 1]; 0 for 0."""
     if head.rows.keep is not None:
         mass = jnp.where(head.rows.keep, mass, 0)
-    # One by one: jax 0.7.2 does not transpose a sum of two of which one is constant.
-    total, mass = psum(total, batch_axis_name), psum(jnp.sum(mass), batch_axis_name)
-    return jnp.where(mass == 0, 0, total / jnp.where(mass == 0, 1, mass))
+    ones, mass = jnp.ones_like(mass), psum(jnp.sum(mass), batch_axis_name)
+    divisor = jnp.where(mass == 0, 1, mass)
+    if head.rows.hidden.dtype == jnp.float16:
+        # Gradients of logits that are that small would underflow.
+        total = psum(_sum(form, head, coefficients, ones), batch_axis_name)
+        return jnp.where(mass == 0, 0, total / divisor)
+    # A division after it would be a pass over the kernel's gradient.
+    total = _sum(form, head, coefficients, ones / divisor)
+    return jnp.where(mass == 0, 0, psum(total, batch_axis_name))
+
+
+def _sum(
+    form: RowBlocks, head: Head, coefficients: Coefficients, factor: jax.Array
+) -> jax.Array:
+    """Returns the sum over the rows of `factor` times their losses.
+
+    Args:
+      form: static.
+      head: of N rows.
+      coefficients: of shapes that broadcast to [N, 1].
+      factor: [N, 1].
+    """
+    coefficients = jax.tree.map(lambda numbers: numbers * factor, coefficients)
+    return linear_loss_sum(form, head.rows, head.layer, coefficients)
 
 
 def class_blocks_form(

@@ -276,3 +276,50 @@ def combined(results: Results, coefficients: Coefficients) -> jax.Array:
     if coefficients.square is not None:
         loss = loss + coefficients.square * jnp.square(results.log_normalizer)
     return loss
+
+
+def summed(results: Results, coefficients: Coefficients) -> jax.Array:
+    """Returns the sum over the rows of their losses."""
+    return jnp.sum(combined(results, coefficients))
+
+
+class Factors(NamedTuple):
+    """The gradients of a sum of losses by the results: factors of their slopes."""
+
+    loss: jax.Array
+    log_normalizer: jax.Array
+    uniform: jax.Array | None
+
+
+def summed_with_gradients(
+    results: Results, coefficients: Coefficients
+) -> tuple[jax.Array, Factors, Coefficients]:
+    """Returns the sum over the rows of their losses, and its gradients by both.
+
+    Those by the results are by numbers, and not by the statistics behind them.
+    """
+
+    def of_numbers(numbers: Factors, coefficients: Coefficients) -> jax.Array:
+        return summed(results._replace(**numbers._asdict()), coefficients)
+
+    numbers = Factors(results.loss, results.log_normalizer, results.uniform)
+    total, pull = jax.vjp(of_numbers, numbers, coefficients)
+    return total, *pull(jnp.ones_like(total))
+
+
+def slope_of_sum(
+    factors: Factors, coefficients: Coefficients, slopes: Slopes
+) -> jax.Array:
+    """Returns the derivative of the sum by the logits of a block, elementwise.
+
+    Args:
+      factors: of the slopes.
+      coefficients: of the sum.
+      slopes: of the results.
+    """
+    slope = factors.loss * slopes.loss
+    if coefficients.square is not None:
+        slope = slope + factors.log_normalizer * slopes.log_normalizer
+    if factors.uniform is not None and slopes.uniform is not None:
+        slope = slope + factors.uniform * slopes.uniform
+    return slope

@@ -20,8 +20,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from xent_jax._blocks import varying
-from xent_jax._tpu_calls import (
+from xent_jax._forms.loops import varying
+from xent_jax._forms.tpu.calls import (
     IN_MAIN_MEMORY,
     Operand,
     call,
@@ -29,25 +29,24 @@ from xent_jax._tpu_calls import (
     tile_at,
     whole,
 )
-from xent_jax._tpu_tiling import LANES, Tiling
+from xent_jax._forms.tpu.tiling import LANES, Tiling
 
 # The pivot of a tile without a rival: finite, so that −inf minus it is −inf.
 LOWEST = float(np.finfo(np.float32).min)
 
 
-class Block(NamedTuple):
+class LogitsOf(NamedTuple):
     """What makes the logits of R rows; `None` where not used.
 
-        x[n, j] = scale[n]·(hidden[n]·kernel[:, j] + offset[j])
+        x[n, j] = hidden[n]·kernel[:, j] + offset[j]
 
     Where V is no whole number of tiles, `offset` is asked for, and −inf behind V; and
-    with a spread `weights`, which are 0 there.
+    for uniform targets `weights`, which are 0 there.
     """
 
     hidden: jax.Array  # bfloat16[R, D]
     kernel: jax.Array  # bfloat16[D, V]
     labels: jax.Array  # int32[R, 1], −1 where the label is no class here
-    scale: jax.Array | None = None  # float32[R, 1], positive
     offset: jax.Array | None = None  # float32[1, V'], −inf for a dropped class
     weights: jax.Array | None = None  # float32[1, V'], 0 for a dropped class
 
@@ -58,18 +57,18 @@ class Tiles(NamedTuple):
     pivot: jax.Array  # the best rival, at least `LOWEST`
     rivals: jax.Array  # Σ_{j≠y} exp(x_j − pivot)
     label_logit: jax.Array  # 0 in the tiles without the label
-    below: jax.Array | None  # Σ_{j≠y} w_j (pivot − x_j)
+    distance: jax.Array | None  # Σ_{j≠y} w_j (pivot − x_j)
 
 
-class Slopes(NamedTuple):
+class RowSlopes(NamedTuple):
     """What the gradient by the logits of a row is made of.
 
-    It is factor·kept − spread·w_j for a rival j, and `label` for the label.
+    It is factor·kept − uniform·w_j for a rival j, and `label` for the label.
     """
 
     factor: jax.Array  # float32[R, T']
     label: jax.Array  # float32[R, 1]
-    spread: jax.Array | None  # float32[R, 1]
+    uniform: jax.Array | None  # float32[R, 1]
 
 
 class KernelSum(NamedTuple):
@@ -80,7 +79,7 @@ class KernelSum(NamedTuple):
 
 
 def forward(
-    tiling: Tiling, block: Block, kept: jax.Array, *, spread: bool
+    tiling: Tiling, block: LogitsOf, kept: jax.Array, *, uniform: bool
 ) -> tuple[jax.Array, Tiles]:
     """Returns exp(x − pivot) of the tiles' pivots, and the tiles' sums.
 
@@ -88,7 +87,7 @@ def forward(
       tiling: static.
       block: of R rows.
       kept: bfloat16[≥ R, V], of which the first R rows are written over, in place.
-      spread: whether the sums for evenly spread targets are wanted.
+      uniform: whether the sums for uniform targets are wanted.
     """
     inputs = _block_operands(tiling, block)
     inputs["kept_before"] = Operand(kept, IN_MAIN_MEMORY)
@@ -101,8 +100,8 @@ def forward(
         "rivals": numbers,
         "label_logit": numbers,
     }
-    if spread:
-        outputs["below"] = numbers
+    if uniform:
+        outputs["distance"] = numbers
     results = call(
         functools.partial(_forward_kernel, tiling, block.kernel.shape[1]),
         tiling,
@@ -112,15 +111,20 @@ def forward(
         _cost(tiling, block, matmuls=1, of_kernel=2),
         "xent_forward",
     )
-    kept = results.pop("kept")
-    return kept, Tiles(**{"below": None, **results})
+    tiles = Tiles(
+        results["pivot"],
+        results["rivals"],
+        results["label_logit"],
+        results.get("distance"),
+    )
+    return results["kept"], tiles
 
 
 def backward(
     tiling: Tiling,
-    block: Block,
+    block: LogitsOf,
     kept: jax.Array,
-    slopes: Slopes,
+    slopes: RowSlopes,
     kernel_sum: KernelSum,
     place: jax.Array,
     *,
@@ -147,8 +151,8 @@ def backward(
     inputs["kept"] = Operand(kept, tile_at((tiling.rows, tiling.classes)))
     inputs["factor"] = Operand(slopes.factor, column_at(tiling))
     inputs["label"] = whole(slopes.label)
-    if slopes.spread is not None:
-        inputs["spread"] = whole(slopes.spread)
+    if slopes.uniform is not None:
+        inputs["uniform"] = whole(slopes.uniform)
     shape = jax.ShapeDtypeStruct((tiling.rows, features), jnp.float32)
     outputs, aliases = {"hidden_bar": whole(shape)}, {}
     if bias:
@@ -182,7 +186,7 @@ def backward(
 
 
 def _cost(
-    tiling: Tiling, block: Block, matmuls: int, of_kernel: int
+    tiling: Tiling, block: LogitsOf, matmuls: int, of_kernel: int
 ) -> pl.CostEstimate:
     """Returns the cost of so many matmuls that move so many bytes a number of them."""
     features, classes = block.kernel.shape
@@ -203,8 +207,6 @@ def _forward_kernel(tiling: Tiling, classes: int, refs: Any) -> None:
         logits = _product(refs.hidden[rows, :], refs.kernel[...], (1, 0))
         if refs.offset is not None:
             logits = logits + refs.offset[...]
-        if refs.scale is not None:
-            logits = logits * refs.scale[rows, :]
         hit = _hit(tiling, refs, rows, tile)
         rivals = jnp.where(hit, -jnp.inf, logits)
         pivot = jnp.maximum(jnp.max(rivals, axis=1, keepdims=True), LOWEST)
@@ -215,15 +217,15 @@ def _forward_kernel(tiling: Tiling, classes: int, refs: Any) -> None:
             "rivals": _row_sum(power),
             "label_logit": _row_sum(jnp.where(hit, logits, 0)),
         }
-        if refs.below is not None:
-            below, absent = pivot - rivals, hit
+        if refs.distance is not None:
+            distance, absent = pivot - rivals, hit
             if refs.weights is not None:
                 # A weight of 0 drops an infinite difference.
                 absent = hit | (refs.weights[...] == 0)
-            below = jnp.where(absent, 0, below)
+            distance = jnp.where(absent, 0, distance)
             if refs.weights is not None:
-                below = below * refs.weights[...]
-            numbers["below"] = _row_sum(below)
+                distance = distance * refs.weights[...]
+            numbers["distance"] = _row_sum(distance)
         _put(refs, numbers, rows, tile)
 
 
@@ -238,10 +240,10 @@ def _backward_kernel(tiling: Tiling, classes: int, refs: Any) -> None:
         rows = pl.ds(start, tiling.row_chunk)
         factor = _row_sum(jnp.where(here, refs.factor[rows, :], 0))
         slope = refs.kept[rows, :].astype(jnp.float32) * factor
-        if refs.spread is not None and refs.weights is not None:
-            slope = slope - refs.spread[rows, :] * refs.weights[...]
-        elif refs.spread is not None:
-            slope = slope - refs.spread[rows, :]
+        if refs.uniform is not None and refs.weights is not None:
+            slope = slope - refs.uniform[rows, :] * refs.weights[...]
+        elif refs.uniform is not None:
+            slope = slope - refs.uniform[rows, :]
         slope = jnp.where(_hit(tiling, refs, rows, tile), refs.label[rows, :], slope)
         if refs.bias_bar is not None:
             bias = bias + jnp.sum(slope, axis=0, keepdims=True)
@@ -320,7 +322,7 @@ def _clear_behind(classes: int, ref: Any) -> None:
             ref[:, whole:] = jnp.zeros(shape, ref.dtype)
 
 
-def _block_operands(tiling: Tiling, block: Block) -> dict[str, Operand]:
+def _block_operands(tiling: Tiling, block: LogitsOf) -> dict[str, Operand]:
     """Returns the operands of both kernels."""
     tile = 1, tiling.classes
     operands = {
@@ -328,8 +330,6 @@ def _block_operands(tiling: Tiling, block: Block) -> dict[str, Operand]:
         "kernel": Operand(block.kernel, tile_at((block.hidden.shape[1], tile[1]))),
         "labels": whole(block.labels),
     }
-    if block.scale is not None:
-        operands["scale"] = whole(block.scale)
     if block.offset is not None:
         operands["offset"] = Operand(block.offset, tile_at(tile))
     if block.weights is not None:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from xent_jax._tpu_tiling import LANES, Tiling
+from xent_jax._forms.tpu.tiling import LANES, Tiling
 
 # Of 32 bits where Python's would be of 64, with `jax_enable_x64`.
 _ZERO = np.int32(0)
