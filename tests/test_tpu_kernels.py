@@ -154,6 +154,13 @@ def test_as_a_tpu_would_run_it(shape, options, monkeypatch, rng):
     assert_right(inputs, value_and_gradients(inputs))
 
 
+@pytest.mark.usefixtures("x64")
+def test_with_64_bit_types(use, rng):
+    use(TILING)
+    inputs = bfloat16_inputs(rng, (70, 128, 200), ("where", "label_smoothing"))
+    assert_right(inputs, value_and_gradients(inputs))
+
+
 @pytest.mark.parametrize("margin", [20.0, 80.0])
 def test_confident_rows_keep_their_digits(margin, use, rng):
     use(TILING)

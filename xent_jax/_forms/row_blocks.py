@@ -28,7 +28,7 @@ from xent_jax._forms.row_split import Part, joined, split, unless_idle
 from xent_jax._forms.rows import Given, row_results
 from xent_jax._forms.tpu import choice
 from xent_jax._reductions.axis import psum
-from xent_jax._reductions.lowering import on_one_chip
+from xent_jax._reductions.lowering import Place, by_place
 from xent_jax._reductions.precision import accumulation_dtype
 from xent_jax._reductions.tangents import known_tangents, tangent_of
 from xent_jax._targets.block import Block, class_ids, values_of, zero_where_dropped
@@ -150,11 +150,11 @@ def _by_chip(
 ) -> tuple[jax.Array, Gradients]:
     shapes = jax.eval_shape(lambda: (rows, layer))
 
-    def kernels_on(chip: str | None) -> Any:
-        return choice.on_chip(chip, form, wanted, *shapes) if chip else None
+    def kernels_at(place: Place) -> Any:
+        return choice.kernels_at(place, form, wanted, *shapes)
 
     scan = functools.partial(_scan, loop, form, wanted)
-    return on_one_chip(scan, kernels_on, maps=False)(rows, layer, coefficients)
+    return by_place(scan, kernels_at, maps=False)(rows, layer, coefficients)
 
 
 @functools.partial(_value_and_gradients.defjvp, symbolic_zeros=True)

@@ -8,7 +8,7 @@ pays for it.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.backend import get_default_device
@@ -16,6 +16,23 @@ from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 CPU, TPU = "cpu", "tpu"
+
+
+class Place(NamedTuple):
+    """What a program is lowered for.
+
+    Attributes:
+      chip: `CPU`; a TPU's `jax.Device.device_kind`, or `TPU` where that is not known,
+        as of a program that is exported; `None` for other platforms.
+      whole: whether arrays are whole: in a program for one device, and inside a
+        `jax.shard_map` over all axes of the mesh.
+    """
+
+    chip: str | None
+    whole: bool
+
+
+Choose = Callable[[Place], Callable[..., Any] | None]
 
 _choice = Primitive("one_device_choice")
 _choice.multiple_results = True
@@ -36,27 +53,24 @@ def on_one_device(
       only_cpu: whether `alone` is for a CPU only.
     """
 
-    def alone_on(chip: str | None) -> Callable[..., Any] | None:
-        return alone if chip == CPU or not only_cpu else None
+    def at(place: Place) -> Callable[..., Any] | None:
+        suits = place.whole and (place.chip == CPU or not only_cpu)
+        return alone if suits else None
 
-    return on_one_chip(default, alone_on)
+    return by_place(default, at)
 
 
-def on_one_chip(
-    default: Callable[..., Any],
-    alone_on: Callable[[str | None], Callable[..., Any] | None],
-    *,
-    maps: bool = True,
+def by_place(
+    default: Callable[..., Any], at: Choose, *, maps: bool = True
 ) -> Callable[..., Any]:
-    """Like `on_one_device`, with a function that depends on the chip.
+    """Returns a function of arrays that is chosen when it is lowered.
 
     Args:
-      default: as of `on_one_device`.
-      alone_on: returns what is `alone` on a chip, `None` for `default`. A chip is
-        `CPU`, or a TPU's `jax.Device.device_kind`, or `None`: another platform, or a
-        program that is exported, or of which it is not known what it will run on.
-      maps: whether `jax.vmap` may be taken of `alone`. If not, what is mapped is
-        `default`.
+      default: of pytrees of arrays, to a pytree; derivatives are of it. It runs where
+        nothing is lowered, and on an axis of an Explicit mesh.
+      at: returns the same function, written in another way, for a place, or `None` for
+        `default`. It closes over no traced array.
+      maps: whether `jax.vmap` may be taken of it. If not, what is mapped is `default`.
     """
 
     @functools.wraps(default)
@@ -70,12 +84,12 @@ def on_one_chip(
                 function(*jax.tree.unflatten(structure, leaves))
             )
 
-        def flat_on(chip: str | None) -> Callable[..., Any] | None:
-            alone = alone_on(chip)
-            return None if alone is None else flat(alone)
+        def flat_at(place: Place) -> Callable[..., Any] | None:
+            found = at(place)
+            return None if found is None else flat(found)
 
         jaxpr, shape = jax.make_jaxpr(default, return_shape=True)(*operands)
-        results = _choice.bind(*leaves, jaxpr=jaxpr, alone_on=flat_on, maps=maps)
+        results = _choice.bind(*leaves, jaxpr=jaxpr, at=flat_at, maps=maps)
         return jax.tree.unflatten(jax.tree.structure(shape), results)
 
     return chosen
@@ -95,18 +109,15 @@ def _are_whole(context: mlir.LoweringRuleContext) -> bool:
     return True  # jax.pmap
 
 
-def _tpu(context: mlir.LoweringRuleContext) -> jax.Device | None:
-    """Returns the TPU that a program is lowered for, `None` if that is not known.
+def _tpu(context: mlir.LoweringRuleContext) -> str:
+    """Returns which TPU a program is lowered for, `TPU` if that is not known.
 
-    A program for one device names it. In a `jax.shard_map` nothing does, and it is the
-    default device, which Pallas, too, takes for the chip that it makes a kernel for.
+    A lowering is not told. It is the default device, which Pallas, too, takes for the
+    chip that it makes a kernel for; what is exported may run on any.
     """
-    module = context.module_context
-    if module.lowering_parameters.for_export:
-        return None
-    devices = getattr(module.axis_context, "device_assignment", None)
-    device = devices[0] if devices else get_default_device()
-    return device if device.platform == TPU else None
+    device = get_default_device()
+    exported = context.module_context.lowering_parameters.for_export
+    return TPU if exported or device.platform != TPU else device.device_kind
 
 
 def _lower(
@@ -114,37 +125,25 @@ def _lower(
     context: mlir.LoweringRuleContext,
     *operands: Any,
     jaxpr: ClosedJaxpr,
-    alone_on: Callable[[str | None], Callable[..., Any] | None],
+    at: Choose,
     maps: bool,
 ) -> Any:
     del maps
-    alone, device = None, None
-    if _are_whole(context):
-        device = _tpu(context) if platform == TPU else None
-        chip = device.device_kind if device is not None else None
-        alone = alone_on(CPU if platform == CPU else chip)
-    function = jaxpr_as_fun(jaxpr) if alone is None else alone
-    lower = mlir.lower_fun(function, multiple_results=True)
-    if alone is None or device is None:
-        return lower(context, *operands)
-    with jax.default_device(device):
-        return lower(context, *operands)
+    chip = _tpu(context) if platform == TPU else platform
+    found = at(Place(chip, _are_whole(context)))
+    function = jaxpr_as_fun(jaxpr) if found is None else found
+    return mlir.lower_fun(function, multiple_results=True)(context, *operands)
 
 
 def _batch(
-    operands: Any,
-    axes: Any,
-    *,
-    jaxpr: ClosedJaxpr,
-    alone_on: Callable[[str | None], Callable[..., Any] | None],
-    maps: bool,
+    operands: Any, axes: Any, *, jaxpr: ClosedJaxpr, at: Choose, maps: bool
 ) -> tuple[Any, Any]:
-    def mapped_on(chip: str | None) -> Callable[..., Any] | None:
-        alone = alone_on(chip)
-        return None if alone is None else jax.vmap(alone, in_axes=tuple(axes))
+    def mapped_at(place: Place) -> Callable[..., Any] | None:
+        found = at(place)
+        return None if found is None else jax.vmap(found, in_axes=tuple(axes))
 
     default = jax.vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(axes))
-    batched = on_one_chip(default, mapped_on) if maps else default
+    batched = by_place(default, mapped_at) if maps else default
     results = batched(*operands)
     return results, [0] * len(results)
 

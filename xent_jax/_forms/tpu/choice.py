@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from xent_jax._forms.head import Layer, Rows
 from xent_jax._forms.row_gradients import RowBlocks, Wanted
 from xent_jax._forms.tpu.tiling import LANES, tiling_of
+from xent_jax._reductions.lowering import Place
 
 # The environment variable that turns the kernels off, set to 0.
 SWITCH = "XENT_JAX_TPU_KERNELS"
@@ -31,17 +32,20 @@ def are_for(wanted: Wanted, rows: Rows, layer: Layer) -> bool:
     )
 
 
-def on_chip(
-    chip: str, form: RowBlocks, wanted: Wanted, rows: Rows, layer: Layer
+def kernels_at(
+    place: Place, form: RowBlocks, wanted: Wanted, rows: Rows, layer: Layer
 ) -> Callable[..., Any] | None:
     """Returns the function of rows, layer and coefficients that is the kernels.
 
-    `None` where they are turned off, and where the chip does not hold their blocks.
+    `None` where they are turned off, where arrays are not whole, and where it is not
+    known that the chip holds their blocks.
     """
-    if os.environ.get(SWITCH) == "0":
+    if not place.whole or place.chip is None or os.environ.get(SWITCH) == "0":
         return None
     (count, features), kernel = rows.hidden.shape, layer.kernel
-    tiling = tiling_of(count, features, kernel.shape[1], chip, kernel.dtype.itemsize)
+    tiling = tiling_of(
+        count, features, kernel.shape[1], place.chip, kernel.dtype.itemsize
+    )
     if tiling is None:
         return None
     # Pallas takes long to import, and only here is it known to be of use.

@@ -58,11 +58,6 @@ _TILE_CLASSES = 1024, 768, 512, 256
 _ROW_UNIT = 16
 
 
-def fits(rows: int, features: int, classes: int, chip: str, itemsize: int = 2) -> bool:
-    """Returns whether a chip's vector memory holds the blocks: see `tiling_of`."""
-    return tiling_of(rows, features, classes, chip, itemsize) is not None
-
-
 def tiling_of(
     rows: int, features: int, classes: int, chip: str, itemsize: int = 2
 ) -> Tiling | None:
