@@ -230,15 +230,16 @@ def binary_cross_entropy(
     return value if where is None else np.where(where, value, 0.0)
 
 
-def weighted_mean(values: Any, weights: Any = None) -> np.float64:
-    """Σ w·v / Σ w over the entries whose weight is not 0; 0 when Σ w = 0."""
+def weighted_mean(
+    values: Any, weights: Any = None, where: Any = True, axis: Any = None
+) -> np.ndarray:
+    """Σ w·v / Σ w over the entries whose weight is not 0; 0 where Σ w = 0."""
     values = np.asarray(values).astype(np.float64)
     weights = np.ones_like(values) if weights is None else np.asarray(weights)
-    weights = weights.astype(np.float64)
-    total = weights.sum()
-    if total == 0:
-        return np.float64(0)
-    return np.float64(_times(weights, values).sum() / total)
+    weights = np.where(where, weights.astype(np.float64), 0)
+    mass = weights.sum(axis)
+    total = _times(weights, values).sum(axis)
+    return np.where(mass == 0, 0, total / np.where(mass == 0, 1, mass))
 
 
 class LinearLoss(NamedTuple):

@@ -177,7 +177,10 @@ TYPES = [
      "floating dtype, got int32."),
     ("binary_cross_entropy", [IDS, IDS], {}, "probs must have a floating dtype, got "
      "int32."),
-    ("weighted_mean", [IDS], {}, "values must have a floating dtype, got int32."),
+    ("weighted_mean", [LOGITS * 1j], {}, "values must have a real dtype, got "
+     "complex64."),
+    ("weighted_mean", [LOGITS], {"where": LOGITS}, "where must have dtype bool, got "
+     f"{LOGITS.dtype}."),
     ("weighted_mean", [LOGITS, LOGITS * 1j], {}, "weights must have a real dtype, got "
      "complex64."),
     (INTEGER, [LOGITS, IDS.astype(np.float32)], {}, "labels must have an integer dtype "

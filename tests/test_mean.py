@@ -64,6 +64,46 @@ def test_a_weighed_nan_is_not_hidden():
     assert np.isnan(MEAN(jnp.array([1.0, np.nan]), jnp.array([1.0, 1e-30])))
 
 
+@pytest.mark.parametrize("dtype", ["bool", "int32", "uint8", "float32"])
+@pytest.mark.parametrize("axis", [None, -1, 0, (0, 2), (1,)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_counts_and_axes(dtype, axis, masked, rng):
+    values = rng.integers(0, 2, (2, 3, 5)).astype(dtype)
+    weights = rng.integers(0, 3, values.shape)
+    keep = rng.random(values.shape) < 0.4 if masked else np.ones(values.shape, bool)
+    for weigh in (None, weights, weights > 0):
+        mean = MEAN(values, weigh, where=keep, axis=axis)
+        assert mean.dtype == jnp.float32
+        truth = oracle.weighted_mean(values, weigh, keep, axis)
+        np.testing.assert_allclose(mean, truth, rtol=1e-6)
+
+
+@pytest.mark.parametrize("held", [np.nan, np.inf])
+def test_where_drops_whatever_an_entry_and_its_weight_hold(held):
+    values, weights = jnp.array([1.0, held, 3.0]), jnp.array([1.0, held, 1.0])
+    keep = jnp.array([True, False, True])
+    for weigh in (None, weights):
+        mean, gradient = jax.value_and_grad(MEAN)(values, weigh, where=keep)
+        assert mean == 2
+        np.testing.assert_array_equal(gradient, [0.5, 0, 0.5])
+    by_weights = jax.grad(MEAN, argnums=1)(values, weights, where=keep)
+    np.testing.assert_array_equal(by_weights, [-0.5, 0, 0.5])
+
+
+def test_the_mean_of_torch_is_that_of_plain_losses_under_class_weights(rng):
+    logits = rng.standard_normal((6, 4)).astype(np.float32)
+    labels, w = np.array([0, 1, -100, 3, 2, -100]), jnp.array([1.0, 2.0, 3.0, 4.0])
+    keep = labels != -100
+    own = w[jnp.where(keep, labels, 0)]
+    loss = xent_jax.softmax_cross_entropy_with_integer_labels
+    weighted = loss(logits, labels, where=keep, class_weights=w)
+    np.testing.assert_allclose(
+        MEAN(loss(logits, labels, where=keep), own, where=keep),
+        weighted.sum() / jnp.where(keep, own, 0).sum(),
+        rtol=1e-6,
+    )
+
+
 def test_the_mean_of_torch_under_class_weights(rng):
     """The recipe of the docstring: the denominator is Σ w[label] over kept rows."""
     logits = rng.standard_normal((6, 4)).astype(np.float32)

@@ -259,6 +259,8 @@ def test_sharded_rows_and_classes(options, use, rng):
     "change",
     [
         {"softcap": 30.0},
+        {"temperature": 2.0},
+        {"with_statistics": True},
         {"hidden": np.float32},
         {"hidden": np.float16},
         {"kernel": np.float16},
@@ -276,8 +278,9 @@ def test_what_takes_the_other_form(change, use, rng, monkeypatch):
     inputs = bfloat16_inputs(rng, (8, change.get("features", 128), 40))
     for name in ("hidden", "kernel"):
         inputs[name] = inputs[name].astype(change.get(name, inputs[name].dtype))
-    if "softcap" in change:
-        inputs["softcap"] = change["softcap"]
+    for name in ("softcap", "temperature", "with_statistics"):
+        if name in change:
+            inputs[name] = change[name]
     if "switch" in change:
         monkeypatch.setenv("XENT_JAX_TPU_KERNELS", change["switch"])
     by = [n for n in ("hidden", "kernel") if n != change.get("frozen")]
@@ -288,7 +291,7 @@ def test_what_takes_the_other_form(change, use, rng, monkeypatch):
     reduction = change.get("reduction", "mean")
 
     def loss(moving):
-        return LOSS(**moving, **inputs, reduction=reduction).sum()
+        return jax.tree.leaves(LOSS(**moving, **inputs, reduction=reduction))[0].sum()
 
     jax.jit(jax.grad(loss)).lower(moving)
     assert not programs

@@ -7,11 +7,10 @@ and every nesting of them. `xent_jax.testing` has the assertions of their gradie
 
 from jax import export
 
+from xent_jax._losses.divergence import softmax_kl_divergence
 from xent_jax._losses.linear import linear_softmax_cross_entropy
-from xent_jax._losses.linear_statistics import (
-    SoftmaxStatistics,
-    linear_softmax_statistics,
-)
+from xent_jax._losses.linear_divergence import linear_softmax_kl_divergence
+from xent_jax._losses.linear_statistics import linear_softmax_statistics
 from xent_jax._losses.mean import weighted_mean
 from xent_jax._losses.probabilities import (
     binary_cross_entropy,
@@ -25,6 +24,8 @@ from xent_jax._losses.softmax import (
     softmax_cross_entropy,
     softmax_cross_entropy_with_integer_labels,
 )
+from xent_jax._losses.sparse import softmax_cross_entropy_with_sparse_targets
+from xent_jax._losses.statistics import SoftmaxStatistics, softmax_statistics
 
 # So that a program that returns it can be exported.
 export.register_namedtuple_serialization(
@@ -38,6 +39,7 @@ __all__ = [
     "binary_cross_entropy",
     "categorical_cross_entropy",
     "linear_softmax_cross_entropy",
+    "linear_softmax_kl_divergence",
     "linear_softmax_statistics",
     "linearized_softmax_cross_entropy",
     "nll_loss",
@@ -46,5 +48,8 @@ __all__ = [
     "sinkhorn_targets",
     "softmax_cross_entropy",
     "softmax_cross_entropy_with_integer_labels",
+    "softmax_cross_entropy_with_sparse_targets",
+    "softmax_kl_divergence",
+    "softmax_statistics",
     "weighted_mean",
 ]

@@ -84,11 +84,12 @@ class Layout(NamedTuple):
         )
 
     def rows_beside(self, array: jax.Array) -> jax.Array:
-        """Brings an array of the batch shape to the sharding of the logits."""
+        """Brings an array of the batch shape, or longer, to where the logits are."""
         if self.logits is None:
             return array
         batch = [axis for axis in range(self.logits.ndim) if axis not in self.axes]
-        return placement.beside(array, self.logits, batch)
+        several = [None] * (array.ndim - len(batch))
+        return placement.beside(array, self.logits, [*batch, *several])
 
     def all_beside(self, array: jax.Array) -> jax.Array:
         """Brings an array of the given shape to the sharding of the logits."""
@@ -165,6 +166,14 @@ def read_where(layout: Layout, where: ArrayLike | None) -> Keep:
     return Keep(None, layout.rows(layout.rows_beside(mask)))
 
 
+def count_classes(layout: Layout, keep: Keep, dtype: jnp.dtype) -> jax.Array:
+    """Returns the number of kept classes, of all shards, at least 1."""
+    dtype = accumulation_dtype(dtype)
+    if keep.count is not None:
+        return jnp.maximum(keep.count, 1).astype(dtype)
+    return jnp.asarray(layout.class_axis.count(layout.num_classes), dtype)
+
+
 def read_mask(
     function: str,
     where: ArrayLike | None,
@@ -210,8 +219,7 @@ def unwrapped_ids(labels: Any) -> Any:
 def read_class_ids(layout: Layout, labels: ArrayLike, keep: Keep) -> jax.Array:
     """Returns int32 ids: −1 for one outside the classes, 0 in a dropped row.
 
-    The range is checked in the caller's dtype: a narrower or wider integer never wraps
-    into the classes. Ids count over all shards.
+    Ids count over all shards.
     """
     num_classes = layout.class_axis.count(layout.num_classes)
     ids = checks.as_array(layout.function, "labels", unwrapped_ids(labels))
@@ -220,13 +228,75 @@ def read_class_ids(layout: Layout, labels: ArrayLike, keep: Keep) -> jax.Array:
     checks.check_shape(
         layout.function, "labels", ids, layout.batch_shape, layout.batch_meaning, hint
     )
-    ids = layout.rows_beside(ids)
+    ids, inside = _inside(layout.rows_beside(ids), num_classes)
+    ids = jnp.where(layout.rows(inside), layout.rows(ids), -1)
+    return ids if keep.rows is None else jnp.where(keep.rows, ids, 0)
+
+
+class SparseTargets(NamedTuple):
+    """K class ids a row along the class axis, and their probabilities."""
+
+    own: jax.Array  # int32, of size 1: the most probable id, −1 in an undefined row
+    ids: jax.Array  # int32, −1 for padding
+    probs: jax.Array  # in the accumulation dtype, 0 for padding
+
+
+def read_sparse_targets(
+    layout: Layout,
+    names: tuple[str, str],
+    indices: ArrayLike,
+    probs: ArrayLike,
+    keep: Keep,
+    dtype: jnp.dtype,
+) -> SparseTargets:
+    """Returns K class ids a row; an id outside the classes has probability 0.
+
+    Args:
+      layout: of the logits.
+      names: of the two arguments.
+      indices: of the batch's shape and K.
+      probs: likewise.
+      keep: which rows count.
+      dtype: of the logits.
+    """
+    ids = checks.as_array(layout.function, names[0], unwrapped_ids(indices))
+    checks.check_class_ids(layout.function, names[0], ids)
+    count = ids.shape[-1] if ids.ndim else 0
+    if ids.shape != (*layout.batch_shape, count) or count == 0:
+        sizes = "".join(f"{size}, " for size in layout.batch_shape)
+        expected = f"have shape ({sizes}K) ({layout.batch_meaning}, ids a row)"
+        checks.fail(ValueError, layout.function, names[0], expected, ids.shape)
+    numbers = checks.as_real(layout.function, names[1], probs)
+    meaning = f"that of {names[0]}"
+    checks.check_shape(layout.function, names[1], numbers, ids.shape, meaning)
+    ids, numbers = layout.rows_beside(ids), layout.rows_beside(numbers)
+    ids, inside = _inside(ids, layout.class_axis.count(layout.num_classes))
+    ids, inside, numbers = (
+        jnp.moveaxis(array, -1, layout.axis)
+        for array in (ids, inside, numbers.astype(accumulation_dtype(dtype)))
+    )
+    if keep.rows is not None:
+        ids, numbers = jnp.where(keep.rows, ids, 0), jnp.where(keep.rows, numbers, 0)
+        inside |= ~keep.rows
+    undefined = jnp.any(~inside & (numbers != 0), axis=layout.axis, keepdims=True)
+    numbers = jnp.where(inside, numbers, 0)
+    constant = jnp.where(inside, jax.lax.stop_gradient(numbers), -jnp.inf)
+    most = constant == jnp.max(constant, axis=layout.axis, keepdims=True)
+    own = jnp.max(jnp.where(most, ids, 0), axis=layout.axis, keepdims=True)
+    own = jnp.where(undefined, -1, own)
+    return SparseTargets(own, jnp.where(inside, ids, -1), numbers)
+
+
+def _inside(ids: jax.Array, num_classes: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns int32 ids, 0 for one outside the classes, and which are inside.
+
+    The range is checked in the caller's dtype: a narrower or wider integer never wraps
+    into the classes.
+    """
     if jnp.iinfo(ids.dtype).bits < 32:
         ids = ids.astype(jnp.int32)
     inside = (ids >= 0) & (ids < num_classes)
-    ids = layout.rows(jnp.where(inside, ids, 0).astype(jnp.int32))
-    ids = jnp.where(layout.rows(inside), ids, -1)
-    return ids if keep.rows is None else jnp.where(keep.rows, ids, 0)
+    return jnp.where(inside, ids, 0).astype(jnp.int32), inside
 
 
 def _hint_for_ids(layout: Layout, labels: jax.Array) -> str:

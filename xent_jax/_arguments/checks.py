@@ -183,6 +183,12 @@ def read_count(function: str, argument: str, value: SupportsIndex) -> int:
     return count
 
 
+def check_flag(function: str, argument: str, value: object) -> None:
+    """Raises unless `value` is a Python boolean, which decides what is traced."""
+    if not isinstance(value, bool):
+        fail(TypeError, function, argument, "be True or False", repr(value))
+
+
 def check_axis_name(function: str, argument: str, name: object) -> None:
     """Raises unless `name` is `None` or names mesh axes of this `jax.shard_map`."""
     if name is None:

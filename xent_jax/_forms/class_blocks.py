@@ -10,29 +10,31 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xent_jax._forms.head import Layer, Rows, capped, kept_hidden, product
+from xent_jax._forms.head import Layer, Rows, kept_hidden, logits_of, product, target_of
 from xent_jax._forms.loops import loop, varying, zeros
 from xent_jax._reductions.precision import accumulation_dtype
 from xent_jax._reductions.tangents import tangent_of
 from xent_jax._targets.block import Block
-from xent_jax._targets.class_ids import ClassIds, Dots, Results, Sums
+from xent_jax._targets.rivals import Labels
+
+_CLASSES_OF_PIVOT = 128
 
 
 class ClassBlocks(NamedTuple):
     """The form; static. Its arguments are the rows and the layer of a head."""
 
-    kind: ClassIds
+    kind: Any
     size: int  # classes a block
 
     def differentiated(self) -> "ClassBlocks":
         """Returns the form for results that derivatives use too."""
         return self
 
-    def results(self, rows: Rows, layer: Layer) -> Results:
+    def results(self, rows: Rows, layer: Layer) -> Any:
         """Returns the results of every row, [N, 1]."""
         return _results(self, rows, layer)
 
-    def tangents(self, primals: Any, results: Results, dots: Any) -> Dots:
+    def tangents(self, primals: Any, results: Any, dots: Any) -> Any:
         """Returns the tangents of the results that are sums over the classes."""
         rows, layer = primals
         rows_dot, layer_dot = dots
@@ -41,23 +43,26 @@ class ClassBlocks(NamedTuple):
             # In float32, so that reverse mode adds the blocks up in float32.
             hidden_dot = kept_hidden(rows._replace(hidden=hidden_dot))
             hidden_dot = hidden_dot.astype(results.loss.dtype)
-        dot = _tangents(self, rows, hidden_dot, layer, layer_dot, results)
+        rows_dot = rows_dot._replace(hidden=hidden_dot)
+        dot = _tangents(self, rows, rows_dot, layer, layer_dot, results)
         # Rows that are typed as if they differed over the classes have such results.
         return jax.tree.map(lambda array: varying(array, results.statistics), dot)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _results(form: ClassBlocks, rows: Rows, layer: Layer) -> Results:
+def _results(form: ClassBlocks, rows: Rows, layer: Layer) -> Any:
     kind = form.kind
     kept = rows._replace(hidden=kept_hidden(rows))
 
     first = kind.classes.first(layer.kernel.shape[1])
+    if layer.teacher is not None:
+        kept = _with_pivot(form, kept, layer, first)
 
-    def sums_of(index: jax.Array) -> Sums:
-        block, labels = _block(form, kept, layer, first, index)[:2]
-        return kind.sums(block, labels)
+    def sums_of(index: jax.Array) -> Any:
+        block, target = _block(form, kept, layer, first, index)[:2]
+        return kind.sums(block, target)
 
-    def step(total: Sums, index: jax.Array) -> tuple[Sums, None]:
+    def step(total: Any, index: jax.Array) -> tuple[Any, None]:
         return kind.merged(total, sums_of(index)), None
 
     indices = _indices(form, layer)
@@ -66,7 +71,20 @@ def _results(form: ClassBlocks, rows: Rows, layer: Layer) -> Results:
         jax.eval_shape(sums_of, indices[0]),
     )
     total, _ = loop(step, kind.nothing(nothing), indices)
-    return kind.results(kind.over_shards(total), rows.labels, rows.keep)
+    return kind.results(kind.over_shards(total), rows.target, rows.keep)
+
+
+def _with_pivot(
+    form: ClassBlocks, rows: Rows, layer: Layer, first: jax.Array | int
+) -> Rows:
+    """Returns the rows with what their two logits are relative to.
+
+    A few of the classes tell it: for distributions that are near, all are alike.
+    """
+    few = form._replace(size=min(_CLASSES_OF_PIVOT, layer.kernel.shape[1]))
+    made = _block(few, rows, layer, first, jnp.int32(0))
+    pivot = form.kind.pivot_of(made.block, made.target.logits)
+    return rows._replace(target=rows.target._replace(pivot=pivot))
 
 
 def _indices(form: ClassBlocks, layer: Layer) -> jax.Array:
@@ -81,11 +99,17 @@ def _slice(form: ClassBlocks, start: jax.Array, array: Any) -> Any:
     return jax.lax.dynamic_slice_in_dim(array, start, form.size, axis=1)
 
 
+def _teacher_part(teacher: Layer | None, take: Any) -> Layer | None:
+    if teacher is None:
+        return None
+    return teacher._replace(kernel=take(teacher.kernel), bias=take(teacher.bias))
+
+
 class _Made(NamedTuple):
     """A block of classes, and how its logits were made."""
 
     block: Block
-    labels: jax.Array  # −1 where the label is not counted here
+    target: Any  # class ids, −1 where not counted here
     start: jax.Array  # the first class, of those here
     part: Layer
     linear: jax.Array  # the product with the kernel
@@ -112,34 +136,38 @@ def _block(
         layer.softcap,
         take(layer.class_mask),
         take(layer.class_weights),
+        _teacher_part(layer.teacher, take),
     )
     linear = product(rows.hidden, part.kernel.astype(rows.hidden.dtype))
-    logits = capped(linear, part.bias, part.softcap)
+    logits = logits_of(linear, part.bias, part.softcap, rows.temperature)
     ids = first + start + jnp.arange(size, dtype=jnp.int32)[None]
-    mask, labels = part.class_mask, rows.labels
+    mask, target = part.class_mask, target_of(rows, part)
     if classes % size:
-        fresh = ids >= first + index * size
+        lowest = first + index * size
+        fresh = ids >= lowest
         mask = fresh if mask is None else mask & fresh
-        labels = jnp.where(labels >= first + index * size, labels, -1)
+        if isinstance(target, Labels):
+            target = jax.tree.map(lambda ids: jnp.where(ids >= lowest, ids, -1), target)
     block = Block(logits, ids, mask, rows.keep, part.class_weights)
-    return _Made(block, labels, start, part, linear)
+    return _Made(block, target, start, part, linear)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _tangents(
     form: ClassBlocks,
     rows: Rows,
-    hidden_dot: jax.Array | None,
+    rows_dot: Rows,
     layer: Layer,
     layer_dot: Layer,
-    results: Results,
-) -> Dots:
+    results: Any,
+) -> Any:
     """Returns the tangents of the results, linear in those of the arguments."""
     # What is the same on all devices of a `shard_map` would, in reverse mode, have its
     # gradient summed over them in every step.
     rows = rows._replace(hidden=kept_hidden(rows))
-    arguments = rows, hidden_dot, layer, layer_dot, results
-    rows, hidden_dot, layer, layer_dot, results = jax.tree.map(
+    moving = rows_dot.hidden, rows_dot.temperature
+    arguments = rows, moving, layer, layer_dot, results
+    rows, moving, layer, layer_dot, results = jax.tree.map(
         lambda array: varying(array, arguments), arguments
     )
 
@@ -149,7 +177,7 @@ def _tangents(
         total, dots = carry
         made = _block(form, rows, layer, first, index)
         take = functools.partial(_slice, form, made.start)
-        hidden_dot, layer_dot = dots
+        moving, layer_dot = dots
         part_dot = Layer(
             take(layer_dot.kernel),
             take(layer_dot.bias),
@@ -159,9 +187,9 @@ def _tangents(
         )
         dot = form.kind.tangents(
             made.block,
-            made.labels,
+            made.target,
             results,
-            _logits_dot(rows.hidden, hidden_dot, made, part_dot),
+            _logits_dot(rows, moving, made, part_dot),
             part_dot.class_weights,
         )
         return (jax.tree.map(jnp.add, total, dot), dots), None
@@ -171,15 +199,16 @@ def _tangents(
     step = jax.checkpoint(step, prevent_cse=False)
     # The tangents are carried along: jax 0.7.2 does not transpose a scan whose rule
     # was written by hand and that has them as constants.
-    start = nothing, (hidden_dot, layer_dot)
+    start = nothing, (moving, layer_dot)
     (total, _), _ = jax.lax.scan(step, start, _indices(form, layer))
     return form.kind.classes.total(total)
 
 
 def _logits_dot(
-    hidden: jax.Array, hidden_dot: jax.Array | None, made: _Made, part_dot: Layer
+    rows: Rows, moving: Any, made: _Made, part_dot: Layer
 ) -> jax.Array | None:
     """Returns the tangent of a block's logits."""
+    hidden, (hidden_dot, temperature_dot) = rows.hidden, moving
     part, linear, linear_dot = made.part, made.linear, None
     if hidden_dot is not None:
         kernel = part.kernel.astype(hidden.dtype)
@@ -187,10 +216,11 @@ def _logits_dot(
     if part_dot.kernel is not None:
         by_kernel = _tangent_product(hidden, part_dot.kernel, hidden.dtype)
         linear_dot = by_kernel if linear_dot is None else linear_dot + by_kernel
-    dots = linear_dot, part_dot.bias, part_dot.softcap
+    dots = linear_dot, part_dot.bias, part_dot.softcap, temperature_dot
     if all(dot is None for dot in dots):
         return None
-    return tangent_of(capped, (linear, part.bias, part.softcap), dots)[1]
+    primals = linear, part.bias, part.softcap, rows.temperature
+    return tangent_of(logits_of, primals, dots)[1]
 
 
 def _tangent_product(left: jax.Array, right: jax.Array, dtype: Any) -> jax.Array:

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from xent_jax._reductions.axis import ClassAxis
 from xent_jax._reductions.precision import accumulation_dtype
 from xent_jax._reductions.tangents import unless_zero
+from xent_jax._targets.teacher import Target
 
 
 class Layer(NamedTuple):
-    """logits = softcap·tanh((hidden @ kernel + bias) / softcap), and their classes.
+    """What makes the logits, softcap·tanh((hidden @ kernel + bias) / softcap).
 
     `None` stands for an option that is not used. Rows are of the accumulation dtype.
     """
@@ -22,14 +23,23 @@ class Layer(NamedTuple):
     softcap: jax.Array | None  # []
     class_mask: jax.Array | None  # bool[1, V]
     class_weights: jax.Array | None  # [1, V]
+    teacher: "Layer | None" = None  # what makes the logits that these are compared with
+
+
+class TeacherRows(NamedTuple):
+    """What a teacher makes its logits of."""
+
+    hidden: jax.Array  # [N, D], of another D
+    pivot: Any = None  # of the kind of target, [N, 1]
 
 
 class Rows(NamedTuple):
     """What is known of N rows."""
 
     hidden: jax.Array  # [N, D]
-    labels: jax.Array  # int32[N, 1], −1 where not a class
+    target: Any  # `Labels` or `TeacherRows`
     keep: jax.Array | None  # bool[N, 1]
+    temperature: jax.Array | None = None  # [N, 1], divides the logits
 
 
 def kept_hidden(rows: Rows) -> jax.Array:
@@ -58,11 +68,29 @@ def product(
     )
 
 
-def capped(linear: jax.Array, bias: Any, softcap: Any) -> jax.Array:
+def logits_of(
+    linear: jax.Array, bias: Any, softcap: Any, temperature: Any
+) -> jax.Array:
     """Returns the logits that a product with the kernel becomes."""
     if bias is not None:
         linear = linear + bias
-    return linear if softcap is None else _softcapped(linear, softcap)
+    if softcap is not None:
+        linear = _softcapped(linear, softcap)
+    return linear if temperature is None else quotient(linear, temperature)
+
+
+def target_of(rows: Rows, layer: Layer) -> Any:
+    """Returns what the logits of rows and a layer, or a part of it, go with."""
+    teacher = layer.teacher
+    if teacher is None:
+        return rows.target
+    hidden = rows.target.hidden
+    if rows.keep is not None:
+        hidden = jnp.where(rows.keep, hidden, 0)
+    linear = product(hidden, teacher.kernel.astype(hidden.dtype))
+    linear = linear.astype(accumulation_dtype(rows.hidden.dtype))
+    logits = logits_of(linear, teacher.bias, teacher.softcap, rows.temperature)
+    return Target(logits, rows.target.pivot)
 
 
 @jax.custom_jvp
@@ -86,7 +114,7 @@ def _softcapped_jvp(
     # large one, and of logits / softcap², which overflows for a small one.
     # The slope is made of the result, which is kept anyway.
     value = _softcapped(*primals)
-    slope = 1 - jnp.square(_quotient(value, primals[1]))
+    slope = 1 - jnp.square(quotient(value, primals[1]))
     logits_dot, softcap_dot = map(unless_zero, tangents)
     change = jnp.zeros_like(value)
     if logits_dot is not None:
@@ -108,23 +136,23 @@ def _slope_by_softcap(ratio: jax.Array, slope: jax.Array) -> jax.Array:
 def _ratio(logits: jax.Array, softcap: jax.Array) -> jax.Array:
     """Returns logits / softcap, a constant ±20 from where tanh is ±1 in every dtype."""
     high = jnp.abs(logits) >= 20 * jnp.abs(softcap)
-    quotient = _quotient(jnp.where(high, 0, logits), softcap)
-    return jnp.where(high, 20 * jnp.sign(logits), quotient)
+    ratio = quotient(jnp.where(high, 0, logits), softcap)
+    return jnp.where(high, 20 * jnp.sign(logits), ratio)
 
 
 @jax.custom_jvp
-def _quotient(left: jax.Array, right: jax.Array) -> jax.Array:
+def quotient(left: jax.Array, right: jax.Array) -> jax.Array:
     """Returns left / right, whose derivatives never take the square of `right`."""
     return left / right
 
 
-@_quotient.defjvp
-def _quotient_jvp(
+@quotient.defjvp
+def quotient_jvp(
     primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
-    quotient, right = _quotient(*primals), primals[1]
+    value, right = quotient(*primals), primals[1]
     left_dot, right_dot = tangents
-    return quotient, _quotient(left_dot - quotient * right_dot, right)
+    return value, quotient(left_dot - value * right_dot, right)
 
 
 def class_total(layer: Layer, dtype: jnp.dtype, class_axis: ClassAxis) -> jax.Array:

@@ -5,18 +5,21 @@ a class has the shape [N, 1] or [1, V]. A dropped row has label 0 and a dropped 
 bias 0, whatever they hold.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from xent_jax._arguments import arrays, checks
 from xent_jax._arguments.arrays import Keep, Layout
 from xent_jax._arguments.checks import Shape
-from xent_jax._forms.head import Layer, Rows
+from xent_jax._forms.head import Layer, Rows, TeacherRows
 from xent_jax._reductions.axis import AxisName, ClassAxis
 from xent_jax._reductions.precision import accumulation_dtype
+from xent_jax._targets.rivals import Labels
 
 
 class Head(NamedTuple):
@@ -27,85 +30,198 @@ class Head(NamedTuple):
     layer: Layer
     classes: ClassAxis
     weights: jax.Array | None  # [N, 1], in the accumulation dtype
+    label_probs: jax.Array | None = None  # [N, K], likewise
 
 
 def read_head(
     function: str,
     hidden: ArrayLike,
     kernel: ArrayLike,
-    labels: ArrayLike,
+    labels: ArrayLike | None = None,
     *,
     bias: ArrayLike | None,
     where: ArrayLike | None,
     class_mask: ArrayLike | None,
     softcap: ArrayLike | None,
     class_axis_name: AxisName = None,
+    label_probs: ArrayLike | None = None,
+    temperature: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
+    teacher: dict[str, Any] | None = None,
 ) -> Head:
-    """Returns the checked arguments."""
+    """Returns the checked arguments, of which a teacher's stand in for labels."""
     checks.check_axis_name(function, "class_axis_name", class_axis_name)
-    features = checks.as_array(function, "hidden", hidden)
-    checks.check_floating(function, "hidden", features)
-    if features.ndim == 0:
-        checks.fail(ValueError, function, "hidden", "have a last axis", ())
-    matrix = checks.as_array(function, "kernel", kernel)
-    checks.check_floating(function, "kernel", matrix)
-    if matrix.ndim != 2 or matrix.shape[0] != features.shape[-1]:
-        expected = f"have shape ({features.shape[-1]}, V) (features of hidden, classes)"
-        checks.fail(ValueError, function, "kernel", expected, matrix.shape)
-    classes = matrix.shape[1]
-    if classes == 0:
-        expected = "have at least one class"
-        checks.fail(ValueError, function, "kernel", expected, matrix.shape)
-    dtype = accumulation_dtype(features.dtype)
+    features, matrix = _read_linear(function, "hidden", hidden, "kernel", kernel)
+    classes, dtype = matrix.shape[1], accumulation_dtype(features.dtype)
     # The layout of the logits, had there been any.
     shape = (*features.shape[:-1], classes)
     layout = Layout(function, "hidden", shape, (features.ndim - 1,), class_axis_name)
     mask = _read_classes(function, "class_mask", class_mask, classes)
-    keep = arrays.read_mask(function, where, layout.batch_shape, layout.batch_meaning)
+    keep = _read_keep(layout, where, mask)
+    count = math.prod(layout.batch_shape)
+    rows = Rows(features.reshape(count, features.shape[-1]), None, keep)
+    probs = None
+    offsets = _read_classes(function, "bias", bias, classes, dtype)
+    cap = _read_softcap(function, "softcap", softcap, dtype)
+    factors = _read_classes(function, "class_weights", class_weights, classes, dtype)
+    layer = Layer(matrix, _where_kept(offsets, mask), cap, mask, factors)
+    if teacher is None:
+        target, probs = _read_labels(layout, labels, label_probs, keep, dtype)
+        rows = rows._replace(target=target)
+    else:
+        target, of_teacher = _read_teacher(layout, mask, dtype, **teacher)
+        rows = rows._replace(target=target)
+        layer = layer._replace(teacher=of_teacher)
     if weights is not None:
         weights = checks.as_real(function, "weights", weights)
-        checks.check_shape(
-            function, "weights", weights, layout.batch_shape, layout.batch_meaning
-        )
+        meaning = layout.batch_meaning
+        checks.check_shape(function, "weights", weights, layout.batch_shape, meaning)
         weights = weights.astype(dtype).reshape(-1, 1)
+        rows, weights = _weighted(rows, weights)
+        probs = None if probs is None else _where_kept(probs, rows.keep)
+    number = _read_temperature(layout, temperature, rows.keep, dtype)
+    rows = rows._replace(temperature=number)
+    return Head(layout.batch_shape, rows, layer, layout.class_axis, weights, probs)
+
+
+def _read_linear(
+    function: str, name: str, hidden: ArrayLike, of_kernel: str, kernel: ArrayLike
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the features and the kernel of a layer."""
+    features = checks.as_array(function, name, hidden)
+    checks.check_floating(function, name, features)
+    if features.ndim == 0:
+        checks.fail(ValueError, function, name, "have a last axis", ())
+    matrix = checks.as_array(function, of_kernel, kernel)
+    checks.check_floating(function, of_kernel, matrix)
+    if matrix.ndim != 2 or matrix.shape[0] != features.shape[-1]:
+        size = features.shape[-1]
+        expected = f"have shape ({size}, V) (features of {name}, classes)"
+        checks.fail(ValueError, function, of_kernel, expected, matrix.shape)
+    if matrix.shape[1] == 0:
+        expected = "have at least one class"
+        checks.fail(ValueError, function, of_kernel, expected, matrix.shape)
+    return features, matrix
+
+
+def _read_teacher(
+    layout: Layout,
+    mask: jax.Array | None,
+    dtype: jnp.dtype,
+    *,
+    teacher_hidden: ArrayLike,
+    teacher_kernel: ArrayLike,
+    teacher_bias: ArrayLike | None,
+    teacher_softcap: ArrayLike | None,
+) -> tuple[TeacherRows, Layer]:
+    """Returns the rows and the layer of a teacher, which are constants."""
+    function, classes = layout.function, layout.num_classes
+    names = "teacher_hidden", "teacher_kernel"
+    features, matrix = _read_linear(
+        function, names[0], teacher_hidden, names[1], teacher_kernel
+    )
+    size = features.shape[-1]
+    shape, meaning = (*layout.batch_shape, size), "rows of hidden, features"
+    checks.check_shape(function, names[0], features, shape, meaning)
+    meaning = "features of teacher_hidden, classes of kernel"
+    checks.check_shape(function, names[1], matrix, (size, classes), meaning)
+    offsets = _read_classes(function, "teacher_bias", teacher_bias, classes, dtype)
+    cap = _read_softcap(function, "teacher_softcap", teacher_softcap, dtype)
+    layer = Layer(matrix, _where_kept(offsets, mask), cap, None, None)
+    count = math.prod(layout.batch_shape)
+    fixed = TeacherRows(features.reshape(count, size)), layer
+    return jax.tree.map(jax.lax.stop_gradient, fixed)
+
+
+def _read_keep(
+    layout: Layout, where: ArrayLike | None, mask: jax.Array | None
+) -> jax.Array | None:
+    """Returns the rows that count, [N, 1].
+
+    As in the other losses, a row without a single kept class does not.
+    """
+    shape = layout.batch_shape
+    keep = arrays.read_mask(layout.function, where, shape, layout.batch_meaning)
     if mask is not None:
-        # As in the other losses, a row without a single kept class does not count.
         kept = layout.class_axis.largest(jnp.any(mask).astype(jnp.int32)) > 0
-        keep = jnp.full(layout.batch_shape, kept) if keep is None else keep & kept
-    rows = None if keep is None else layout.rows(keep)
-    ids = arrays.read_class_ids(layout, labels, Keep(None, rows)).reshape(-1, 1)
-    features = features.reshape(ids.shape[0], features.shape[-1])
-    rows = None if rows is None else rows.reshape(-1, 1)
-    if weights is not None:
-        if rows is not None:
-            weights = jnp.where(rows, weights, 0)
-        # Larger features could make logits that are not finite.
-        largest = jnp.finfo(features.dtype).max
-        largest = min(float(largest), float(jnp.finfo(dtype).max) ** 0.5)
-        moderate = jnp.abs(features) <= largest
-        finite = jnp.all(moderate, axis=-1, keepdims=True) & (ids >= 0)
-        counted = (weights != 0) | finite
-        rows = counted if rows is None else rows & counted
-        ids = jnp.where(counted, ids, 0)
-    offsets = _read_classes(function, "bias", bias, classes, dtype)
-    if offsets is not None and mask is not None:
-        offsets = jnp.where(mask, offsets, 0)
-    layer = Layer(
-        matrix,
-        offsets,
-        _read_softcap(function, softcap, dtype),
-        mask,
-        _read_classes(function, "class_weights", class_weights, classes, dtype),
+        keep = jnp.full(shape, kept) if keep is None else keep & kept
+    return None if keep is None else keep.reshape(-1, 1)
+
+
+def _where_kept(array: jax.Array | None, keep: jax.Array | None) -> jax.Array | None:
+    """Returns numbers a class or a row, 0 where dropped."""
+    if array is None or keep is None:
+        return array
+    return jnp.where(keep, array, 0)
+
+
+def _weighted(rows: Rows, weights: jax.Array) -> tuple[Rows, jax.Array]:
+    """Returns the rows but for those of weight 0 that are undefined, and weights."""
+    if rows.keep is not None:
+        weights = jnp.where(rows.keep, weights, 0)
+    counted = weights != 0
+    if isinstance(rows.target, Labels):
+        defined = _are_moderate(rows.hidden) & (rows.target.own >= 0)
+    else:
+        defined = _are_moderate(rows.hidden) & _are_moderate(rows.target.hidden)
+    counted = counted | defined
+    target = jax.tree.map(lambda one: jnp.where(counted, one, 0), rows.target)
+    keep = counted if rows.keep is None else rows.keep & counted
+    return rows._replace(target=target, keep=keep), weights
+
+
+def _are_moderate(features: jax.Array) -> jax.Array:
+    """Whether rows have no features that could make logits that are not finite."""
+    dtype = accumulation_dtype(features.dtype)
+    largest = float(jnp.finfo(features.dtype).max)
+    largest = min(largest, float(jnp.finfo(dtype).max) ** 0.5)
+    return jnp.all(jnp.abs(features) <= largest, axis=-1, keepdims=True)
+
+
+def _read_labels(
+    layout: Layout,
+    labels: Any,
+    label_probs: ArrayLike | None,
+    rows: jax.Array | None,
+    dtype: jnp.dtype,
+) -> tuple[Labels, jax.Array | None]:
+    """Returns class ids and, where there are several a row, their probabilities."""
+    shape = layout.batch_shape
+    keep = Keep(None, None if rows is None else layout.rows(rows.reshape(shape)))
+    if label_probs is None:
+        ids = arrays.read_class_ids(layout, labels, keep)
+        return Labels(ids.reshape(-1, 1)), None
+    names = "labels", "label_probs"
+    own, ids, probs = arrays.read_sparse_targets(
+        layout, names, labels, label_probs, keep, dtype
     )
-    return Head(
-        layout.batch_shape,
-        Rows(features, ids, rows),
-        layer,
-        layout.class_axis,
-        weights,
-    )
+    count = ids.shape[-1]
+    target = Labels(own.reshape(-1, 1), ids.reshape(-1, count))
+    return target, probs.reshape(-1, count)
+
+
+def _read_temperature(
+    layout: Layout,
+    temperature: ArrayLike | None,
+    rows: jax.Array | None,
+    dtype: jnp.dtype,
+) -> jax.Array | None:
+    """Returns what divides the logits, [N, 1]: 1 in a dropped row."""
+    if temperature is None:
+        return None
+    function, shape = layout.function, layout.batch_shape
+    if np.ndim(checks.resolved(temperature)) == 0:
+        number = checks.read_number(
+            function, "temperature", temperature, dtype, inside=True
+        )
+        array = jnp.full(shape, number, dtype)
+    else:
+        array = checks.as_real(function, "temperature", temperature).astype(dtype)
+        meaning = f"a number, or {layout.batch_meaning}"
+        checks.check_shape(function, "temperature", array, shape, meaning)
+    array = array.reshape(-1, 1)
+    return array if rows is None else jnp.where(rows, array, 1)
 
 
 def _read_classes(
@@ -129,16 +245,16 @@ def _read_classes(
 
 
 def _read_softcap(
-    function: str, softcap: ArrayLike | None, dtype: jnp.dtype
+    function: str, argument: str, softcap: ArrayLike | None, dtype: jnp.dtype
 ) -> jax.Array | None:
     if softcap is None:
         return None
-    number = checks.read_number(function, "softcap", softcap, dtype, inside=True)
+    number = checks.read_number(function, argument, softcap, dtype, inside=True)
     # Below it capped logits would not be normal numbers.
     lowest = float(jnp.finfo(dtype).tiny / jnp.finfo(dtype).eps)
     if not isinstance(number, jax.Array) and number < lowest:
         expected = f"be at least {lowest:.2g} for {dtype}"
-        checks.fail(ValueError, function, "softcap", expected, repr(softcap))
+        checks.fail(ValueError, function, argument, expected, repr(softcap))
     return jnp.asarray(number)
 
 

@@ -9,17 +9,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from xent_jax._arguments import checks
 from xent_jax._arguments.arrays import unwrapped_ids
+from xent_jax._arguments.options import HEAD_AXES
 from xent_jax._arguments.placement import resharded
 from xent_jax._forms import head_arguments
 from xent_jax._reductions.axis import AxisName
 
-# By the axes that an argument has.
 _OF_LOGITS = ("hidden", "kernel")
-_OF_ROWS = ("labels", "where", "weights")
-_OF_CLASSES = ("bias", "class_mask", "class_weights")
 
 
 class Placement(NamedTuple):
@@ -42,13 +41,9 @@ class Placement(NamedTuple):
 
     def spec(self, name: str) -> jax.P:
         """Returns how an argument is sharded."""
-        if name == "hidden":
-            return jax.P(*self.rows, None)
-        if name == "kernel":
-            return jax.P(None, self.classes)
-        if name in _OF_ROWS:
-            return jax.P(*self.rows)
-        return jax.P(self.classes) if name in _OF_CLASSES else jax.P()
+        of_axes = {"n": self.rows, "v": (self.classes,)}
+        axes = HEAD_AXES[name]
+        return jax.P(*(part for axis in axes for part in of_axes.get(axis, (None,))))
 
 
 def placement_of(
@@ -113,7 +108,8 @@ def apply(
     arguments: dict[str, Any],
     axis_names: dict[str, AxisName],
     *,
-    total: bool = False,
+    read: Callable[..., Any] = head_arguments.read_head,
+    results: Any = "n",
 ) -> Any:
     """Returns what is computed of the arguments, by each device on its part.
 
@@ -121,57 +117,67 @@ def apply(
       function: what messages call it.
       compute: takes the arguments and the `axis_names`.
       arguments: by name, as the caller gave them.
-      axis_names: `class_axis_name` and, if `total`, `batch_axis_name`, as the caller
-        gave them.
-      total: whether the result is a scalar; otherwise it is one, or more, a row.
+      axis_names: `class_axis_name` and, if the function has it, `batch_axis_name`, as
+        the caller gave them.
+      read: checks the arguments, but for coefficients of the loss.
+      results: the axes of the results, as in `HEAD_AXES`: a tree.
     """
     arguments = {name: checks.resolved(value) for name, value in arguments.items()}
     placement = placement_of(function, arguments, axis_names)
     if placement is None:
         return compute(**arguments, **axis_names)
-    _check(function, arguments)
+    _check(function, read, arguments)
     arrays = _placed(placement, arguments)
     rest = {name: value for name, value in arguments.items() if name not in arrays}
     if placement.is_manual:
         return compute(**arrays, **rest, **axis_names)
     names = {"class_axis_name": _names(placement.classes) or None}
-    if total:
+    rows = jax.P(*placement.rows)
+    if "" in jax.tree.leaves(results):
         names["batch_axis_name"] = _names(placement.rows) or None
     return jax.shard_map(
         lambda arrays: compute(**arrays, **rest, **names),
         mesh=placement.mesh,
-        in_specs=({name: placement.spec(name) for name in arrays},),
-        out_specs=jax.P() if total else jax.P(*placement.rows),
+        in_specs=(
+            {name: _part(placement, name, array) for name, array in arrays.items()},
+        ),
+        out_specs=jax.tree.map(lambda axes: rows if axes else jax.P(), results),
     )(arrays)
 
 
 def _placed(placement: Placement, arguments: dict[str, Any]) -> dict[str, jax.Array]:
     """Returns the arguments that are arrays, where the rows and classes are."""
-    of_axes = (*_OF_LOGITS, *_OF_ROWS, *_OF_CLASSES)
-    unwrapped = {"labels": unwrapped_ids(arguments["labels"])}
+    arguments = dict(arguments)
+    if "labels" in arguments:
+        arguments["labels"] = unwrapped_ids(arguments["labels"])
+    arrays = {
+        name: checks.as_real(placement.function, name, value)
+        for name, value in arguments.items()
+        if isinstance(value, jax.Array) or (HEAD_AXES[name] and np.ndim(value))
+    }
     return {
-        name: resharded(
-            checks.as_real(placement.function, name, value),
-            placement.spec(name),
-            placement.sharded,
-        )
-        for name, value in (arguments | unwrapped).items()
-        if isinstance(value, jax.Array) or (name in of_axes and value is not None)
+        name: resharded(array, _part(placement, name, array), placement.sharded)
+        for name, array in arrays.items()
     }
 
 
-def _check(function: str, arguments: dict[str, Any]) -> None:
+def _part(placement: Placement, name: str, array: jax.Array) -> jax.P:
+    """Returns how an array is sharded, which may lack the last of its axes."""
+    return jax.P(*placement.spec(name)[: array.ndim])
+
+
+def _check(function: str, read: Callable[..., Any], arguments: dict[str, Any]) -> None:
     """Raises for bad arguments what is raised without a mesh: of their whole shapes."""
     others = ("label_smoothing", "z_loss")
-    read = {name: value for name, value in arguments.items() if name not in others}
+    checked = {name: value for name, value in arguments.items() if name not in others}
     shapes = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype)
-        for name, value in read.items()
+        for name, value in checked.items()
         if isinstance(value, jax.Array)
     }
-    rest = {name: value for name, value in read.items() if name not in shapes}
+    rest = {name: value for name, value in checked.items() if name not in shapes}
 
     def check(**arrays: Any) -> None:
-        head_arguments.read_head(function, **arrays, **rest)
+        read(function, **arrays, **rest)
 
     jax.eval_shape(check, **shapes)

@@ -50,7 +50,7 @@ class Given(NamedTuple):
         """Returns the form for results that derivatives use too."""
         return Given(self.kind._replace(differentiated=True))
 
-    def results(self, block: Block, target: jax.Array) -> Any:
+    def results(self, block: Block, target: Any) -> Any:
         """Returns the results of the rows of the block."""
         return _results(self.kind, block, target)
 
@@ -58,7 +58,9 @@ class Given(NamedTuple):
         """Returns the tangents of the results that are sums over the classes."""
         block_dot, target_dot = dots
         # Weights of classes are the other thing that class ids are differentiated by.
-        other_dot = target_dot if target_dot is not None else block_dot.class_weights
+        other_dot = block_dot.class_weights
+        if other_dot is None and isinstance(target_dot, jax.Array):
+            other_dot = target_dot
         rule = jax.checkpoint(
             functools.partial(_tangents, self.kind), prevent_cse=False
         )
@@ -67,7 +69,7 @@ class Given(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _results(kind: Any, block: Block, target: jax.Array) -> Any:
+def _results(kind: Any, block: Block, target: Any) -> Any:
     sums = kind.over_shards(kind.sums(block, target))
     return kind.results(sums, target, block.keep_row)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from jax.typing import ArrayLike
 
+from xent_jax._arguments import checks
 from xent_jax._forms import head_arguments, meshes
 from xent_jax._losses.linear_forms import linear_loss
 from xent_jax._reductions.axis import AxisName
@@ -32,14 +33,21 @@ def linear_softmax_cross_entropy(
     batch_axis_name: AxisName = None,
     row_block: int | None = None,
     class_block: int | None = None,
-) -> jax.Array:
+    label_probs: ArrayLike | None = None,
+    temperature: ArrayLike | None = None,
+    with_statistics: bool = False,
+) -> Any:
     """Softmax cross-entropy of a linear layer's logits, which are never held, in nats.
 
-        logits[n, v] = softcap·tanh((hidden[n]·kernel[:, v] + bias[v]) / softcap)
+        capped[n, v] = softcap·tanh((hidden[n]·kernel[:, v] + bias[v]) / softcap)
+        logits[n, v] = capped[n, v] / temperature[n]
         loss[n]      = weights[n]·softmax_cross_entropy_with_integer_labels(logits)[n]
 
     What a language model's head and its loss come to, in the memory of a block of
-    logits instead of all N·V of them. Without `softcap` the logits are plain.
+    logits instead of all N·V of them. Without `softcap` and `temperature` the logits
+    are plain. With `label_probs` a row has K class ids with probabilities, as the top
+    of a teacher's softmax, and the loss is that of
+    `softmax_cross_entropy_with_sparse_targets`.
 
     Two forms, by `reduction`:
 
@@ -66,12 +74,13 @@ def linear_softmax_cross_entropy(
     On a TPU v5e, v5p, v6e or 7x, value and gradient of a mean or sum are made by two
     kernels written in Pallas, which keep logits in vector memory. They are for features
     of bfloat16 whose number is a multiple of 128, a kernel of bfloat16 or float32,
-    gradients by both, none by `class_weights`, and no `softcap`; in a program for one
-    device, or inside a `jax.shard_map` over all axes of the mesh. All else is done by
-    XLA, as it is on other chips, under `jax.vmap`, in exported programs and for forward
-    mode and higher derivatives. The kernels choose their blocks themselves, and round
-    gradients to the dtypes of `hidden` and `kernel` before these are multiplied by the
-    derivative of what is made of the loss. The environment variable
+    gradients by both, none by `class_weights`, one label a row, no `softcap`, no
+    `temperature` and no statistics; in a program for one device, or inside a
+    `jax.shard_map` over all axes of the mesh. All else is done by XLA, as it is on
+    other chips, under `jax.vmap`, in exported programs and for forward mode and higher
+    derivatives. The kernels choose their blocks themselves, and round gradients to the
+    dtypes of `hidden` and `kernel` before these are multiplied by the derivative of
+    what is made of the loss. The environment variable
     `XENT_JAX_TPU_KERNELS=0`, set before a program is compiled, turns them off.
 
     In training loops:
@@ -114,7 +123,7 @@ def linear_softmax_cross_entropy(
         `shard_map` this and all else of size V is the device's slice.
       labels: `int[...]`, the shape of `hidden` without its last axis. Class ids in
         `[0, V)`; any other id gives NaN in the loss and in that row's gradient, unless
-        `where` drops the row.
+        `where` drops the row. With `label_probs`, `int[..., K]`.
       bias: `float[V]`. Added before the softcap.
       where: `bool[...]`, the shape of `labels`. Rows that count; a dropped row has loss
         and gradient exactly 0, whatever it holds.
@@ -141,16 +150,31 @@ def linear_softmax_cross_entropy(
       row_block: Rows a block (of a device), with a scalar reduction. Not of the
         kernels for TPUs.
       class_block: Classes a block (of a device), with `reduction=None`.
+      label_probs: `[..., K]`, the shape of `labels`. Probability of each id; ids and
+        probabilities mean what they do in `softmax_cross_entropy_with_sparse_targets`.
+        A mean then divides by the sum of the `weights` of the rows alone.
+      temperature: Positive; a number, or one a row in the shape of `labels` without K.
+        Divides the logits in float32, after the softcap and before masks. What is not
+        known when tracing is used as it is.
+      with_statistics: Whether to return `SoftmaxStatistics` too.
 
     Returns:
       `float32[...]` (float64 for float64 features), one loss per row, or
       `float32[]`. Differentiable by `hidden`, `kernel`, `bias`, `weights`,
-      `class_weights`, `label_smoothing`, `z_loss` and `softcap`, in every mode and
-      order; gradients have the dtype of what they are taken by.
+      `class_weights`, `label_smoothing`, `z_loss`, `softcap`, `label_probs` and
+      `temperature`, in every mode and order; gradients have the dtype of what they are
+      taken by.
+
+      With `with_statistics`, the loss and the `SoftmaxStatistics` of every row, as
+      `linear_softmax_statistics` returns them, of the logits as the loss has them, from
+      the same matmuls: `jax.value_and_grad(..., has_aux=True)` takes the pair. With
+      several ids a row their label is the most probable one. With `reduction=None` the
+      statistics are differentiable, with a mean or a sum they are constants.
 
     Raises:
       TypeError: `hidden`, `kernel` or another number has no real dtype, `labels` are
-        not integers, a mask is not boolean, a block size is not an integer.
+        not integers, a mask is not boolean, a block size is not an integer,
+        `with_statistics` is not a Python boolean.
       ValueError: A shape differs from what is said here (nothing is broadcast), there
         are no classes, an option is out of its range, `reduction` is none of the three,
         a block size or `batch_axis_name` is given that does not apply to it, a name is
@@ -185,6 +209,7 @@ def linear_softmax_cross_entropy(
     """
     function = "linear_softmax_cross_entropy"
     head_arguments.check_reduction(function, reduction)
+    checks.check_flag(function, "with_statistics", with_statistics)
     arguments = {
         "hidden": hidden,
         "kernel": kernel,
@@ -197,8 +222,14 @@ def linear_softmax_cross_entropy(
         "class_weights": class_weights,
         "z_loss": z_loss,
         "softcap": softcap,
+        "label_probs": label_probs,
+        "temperature": temperature,
     }
     blocks = row_block, class_block
-    loss = functools.partial(linear_loss, function, reduction, blocks)
+    loss = functools.partial(
+        linear_loss, function, reduction, blocks, with_statistics=with_statistics
+    )
     names = {"class_axis_name": class_axis_name, "batch_axis_name": batch_axis_name}
-    return meshes.apply(function, loss, arguments, names, total=reduction is not None)
+    loss_axes = "n" if reduction is None else ""
+    results = (loss_axes, "n") if with_statistics else loss_axes
+    return meshes.apply(function, loss, arguments, names, results=results)

@@ -11,12 +11,14 @@ from xent_jax._forms import head_arguments
 from xent_jax._forms.class_blocks import ClassBlocks
 from xent_jax._forms.head import class_total
 from xent_jax._forms.head_arguments import Head
-from xent_jax._forms.row_blocks import RowBlocks, linear_loss_sum
+from xent_jax._forms.row_blocks import linear_loss_sum
+from xent_jax._forms.row_gradients import RowBlocks
 from xent_jax._forms.rows import row_results
 from xent_jax._forms.sizes import classes_per_block, rows_per_block
+from xent_jax._losses.statistics import SoftmaxStatistics
 from xent_jax._reductions.axis import AxisName, ClassAxis, psum
 from xent_jax._reductions.precision import accumulation_dtype
-from xent_jax._targets.class_ids import ClassIds, Coefficients, combined
+from xent_jax._targets.class_ids import ClassIds, Coefficients, Results, combined
 
 
 def linear_loss(
@@ -26,10 +28,11 @@ def linear_loss(
     *,
     label_smoothing: ArrayLike,
     z_loss: ArrayLike,
+    with_statistics: bool = False,
     batch_axis_name: AxisName = None,
     **arguments: Any,
-) -> jax.Array:
-    """Returns the loss of `linear_softmax_cross_entropy`.
+) -> Any:
+    """Returns the loss of `linear_softmax_cross_entropy`, and the statistics if wanted.
 
     Args:
       function: what messages call it.
@@ -37,11 +40,12 @@ def linear_loss(
       blocks: the caller's `row_block` and `class_block`.
       label_smoothing: as the caller's.
       z_loss: as the caller's.
+      with_statistics: as the caller's.
       batch_axis_name: as the caller's.
       **arguments: of `read_head`.
     """
-    _check_batch_axis(
-        function, reduction, batch_axis_name, arguments["class_axis_name"]
+    check_blocks(
+        function, reduction, blocks, batch_axis_name, arguments["class_axis_name"]
     )
     head = head_arguments.read_head(function, **arguments)
     label_weights = _label_weights(head)
@@ -49,70 +53,76 @@ def linear_loss(
     uniform = coefficients.uniform is not None
     row_block, class_block = blocks
     if reduction is None:
-        expected = "be None with reduction=None, which is blocked by class_block"
-        head_arguments.refuse_block(function, "row_block", row_block, expected)
-        kind = ClassIds(head.classes, uniform)
+        kind = _kind(head, uniform, with_statistics)
         form = class_blocks_form(function, head, class_block, kind)
         results = row_results(form, head.rows, head.layer)
-        return combined(results, coefficients).reshape(head.batch_shape)
-    expected = f"be None with reduction={reduction!r}, which is blocked by row_block"
-    head_arguments.refuse_block(function, "class_block", class_block, expected)
-    count, features = head.rows.hidden.shape
+        loss = combined(results, coefficients).reshape(head.batch_shape)
+        return (loss, _statistics(head, results)) if with_statistics else loss
+    kind, skip = _kind(head, uniform, with_statistics), arguments["where"] is not None
+    form = row_blocks_form(function, head, row_block, kind, skip=skip)
+    form = form._replace(statistics=with_statistics)
     dtype = accumulation_dtype(head.rows.hidden.dtype)
-    classes = head.layer.kernel.shape[1]
-    default = rows_per_block(count, features, classes, dtype.itemsize)
-    form = RowBlocks(
-        ClassIds(head.classes, uniform),
-        head_arguments.read_block(function, "row_block", row_block, default, count),
-        skip=arguments["where"] is not None and head.classes.axis_name is None,
+    ones = jnp.ones((head.rows.hidden.shape[0], 1), dtype)
+    coefficients = Coefficients(
+        *(None if factor is None else factor * ones for factor in coefficients)
     )
-    ones = jnp.ones((count, 1), dtype)
-    if coefficients.loss is None:
+    if coefficients.loss is None and coefficients.others is None:
         coefficients = coefficients._replace(loss=ones)
-    if reduction == "sum":
-        return psum(_sum(form, head, coefficients, ones), batch_axis_name)
-    mass = ones if label_weights is None else label_weights * ones
-    return _mean(form, head, coefficients, mass, batch_axis_name)
+    mass = None
+    if reduction == "mean":
+        # Of targets that are several ids, the weights of the rows alone.
+        factor = label_weights if head.label_probs is None else head.weights
+        mass = ones if factor is None else factor * ones
+    if mass is None or head.rows.hidden.dtype == jnp.float16:
+        # Gradients of logits that are divided would underflow in float16.
+        total, results = linear_loss_sum(form, head.rows, head.layer, coefficients)
+        loss = reduced(total, mass, head, batch_axis_name)
+    else:
+        mass = _kept_mass(mass, head, batch_axis_name)
+        # A division of the kernel's gradient would be a pass over it.
+        coefficients = jax.tree.map(lambda c: c / _divisor(mass), coefficients)
+        total, results = linear_loss_sum(form, head.rows, head.layer, coefficients)
+        loss = jnp.where(mass == 0, 0, psum(total, batch_axis_name))
+    return (loss, _statistics(head, results)) if with_statistics else loss
 
 
-def _mean(
-    form: RowBlocks,
-    head: Head,
-    coefficients: Coefficients,
-    mass: jax.Array,
-    batch_axis_name: AxisName,
+def reduced(
+    total: jax.Array, mass: jax.Array | None, head: Head, batch_axis_name: AxisName
 ) -> jax.Array:
-    """Returns the sum of the losses over the sum of their masses, [N, 1]; 0 for 0."""
+    """Returns the sum over all devices, or the mean over the mass of the kept rows."""
+    total = psum(total, batch_axis_name)
+    if mass is None:
+        return total
+    # One by one: jax 0.7.2 does not transpose a sum of two of which one is constant.
+    mass = _kept_mass(mass, head, batch_axis_name)
+    return jnp.where(mass == 0, 0, total / _divisor(mass))
+
+
+def _kept_mass(mass: jax.Array, head: Head, batch_axis_name: AxisName) -> jax.Array:
+    """Returns the sum of the mass of the kept rows over all devices."""
     if head.rows.keep is not None:
         mass = jnp.where(head.rows.keep, mass, 0)
-    ones, mass = jnp.ones_like(mass), psum(jnp.sum(mass), batch_axis_name)
-    divisor = jnp.where(mass == 0, 1, mass)
-    if head.rows.hidden.dtype == jnp.float16:
-        # Gradients of logits that are that small would underflow.
-        total = psum(_sum(form, head, coefficients, ones), batch_axis_name)
-        return jnp.where(mass == 0, 0, total / divisor)
-    # A division after it would be a pass over the kernel's gradient.
-    total = _sum(form, head, coefficients, ones / divisor)
-    return jnp.where(mass == 0, 0, psum(total, batch_axis_name))
+    return psum(jnp.sum(mass), batch_axis_name)
 
 
-def _sum(
-    form: RowBlocks, head: Head, coefficients: Coefficients, factor: jax.Array
-) -> jax.Array:
-    """Returns the sum over the rows of `factor` times their losses.
+def _divisor(mass: jax.Array) -> jax.Array:
+    return jnp.where(mass == 0, 1, mass)
 
-    Args:
-      form: static.
-      head: of N rows.
-      coefficients: of shapes that broadcast to [N, 1].
-      factor: [N, 1].
-    """
-    coefficients = jax.tree.map(lambda numbers: numbers * factor, coefficients)
-    return linear_loss_sum(form, head.rows, head.layer, coefficients)
+
+def _kind(head: Head, uniform: bool, with_statistics: bool) -> ClassIds:
+    return ClassIds(
+        head.classes, uniform, entropy=with_statistics, prediction=with_statistics
+    )
+
+
+def _statistics(head: Head, results: Results) -> SoftmaxStatistics:
+    """Returns the statistics of all rows, in the shape of the batch."""
+    statistics = SoftmaxStatistics.of(results)
+    return jax.tree.map(lambda array: array.reshape(head.batch_shape), statistics)
 
 
 def class_blocks_form(
-    function: str, head: Head, class_block: int | None, kind: ClassIds
+    function: str, head: Head, class_block: int | None, kind: Any
 ) -> ClassBlocks:
     """Returns the form of a result per row, for the caller's block size."""
     count, classes = head.rows.hidden.shape[0], head.layer.kernel.shape[1]
@@ -124,12 +134,32 @@ def class_blocks_form(
     return ClassBlocks(kind, size)
 
 
-def _check_batch_axis(
+def row_blocks_form(
+    function: str, head: Head, row_block: int | None, kind: Any, *, skip: bool
+) -> RowBlocks:
+    """Returns the form of a sum over the rows, for the caller's block size."""
+    count, features = head.rows.hidden.shape
+    itemsize = accumulation_dtype(head.rows.hidden.dtype).itemsize
+    default = rows_per_block(count, features, head.layer.kernel.shape[1], itemsize)
+    size = head_arguments.read_block(function, "row_block", row_block, default, count)
+    return RowBlocks(kind, size, skip and head.classes.axis_name is None)
+
+
+def check_blocks(
     function: str,
     reduction: str | None,
+    blocks: tuple[int | None, int | None],
     batch_axis_name: AxisName,
     class_axis_name: AxisName,
 ) -> None:
+    """Raises for a block size, or a mesh axis, that does not go with the reduction."""
+    if reduction is None:
+        expected = "be None with reduction=None, which is blocked by class_block"
+        head_arguments.refuse_block(function, "row_block", blocks[0], expected)
+    else:
+        by = f"reduction={reduction!r}, which is blocked by row_block"
+        expected = f"be None with {by}"
+        head_arguments.refuse_block(function, "class_block", blocks[1], expected)
     checks.check_axis_name(function, "batch_axis_name", batch_axis_name)
     if batch_axis_name is None:
         return
@@ -157,26 +187,53 @@ def _coefficients(
         function, "label_smoothing", label_smoothing, dtype, highest=1
     )
     z_coefficient = arrays.read_scalar(function, "z_loss", z_loss, dtype)
-    own, uniform = label_weights, None
+    own, uniform, others = label_weights, None, None
+    if head.label_probs is not None:
+        others = _times(label_weights, head.label_probs)
+        own = None
     if smoothing is not None:
-        own = _times(1 - smoothing, own)
+        if others is not None:
+            others = (1 - smoothing) * others
+        else:
+            own = _times(1 - smoothing, own)
         unweighted = head.layer._replace(class_weights=None)
         count = class_total(unweighted, smoothing.dtype, head.classes)
         uniform = _times(head.weights, smoothing / jnp.maximum(count, 1))
     square = None if z_coefficient is None else _times(head.weights, z_coefficient)
-    return Coefficients(own, uniform, square)
+    return Coefficients(own, uniform, square, others)
 
 
 def _label_weights(head: Head) -> jax.Array | None:
-    """Returns the weight of each row and of its label's class, [N, 1]."""
-    if head.layer.class_weights is None:
+    """Returns the weight of each row and of its label's class, [N, 1] or [N, K].
+
+    The weight of a dropped class that is one of several labels is 0: it does not count.
+    """
+    labels = head.rows.target
+    if labels.others is not None:
+        return _other_weights(head, jnp.maximum(labels.others, 0))
+    weights, ids = head.layer.class_weights, jnp.maximum(labels.own, 0)
+    if weights is None:
         return head.weights
-    weights, ids = head.layer.class_weights[0], jnp.maximum(head.rows.labels, 0)
-    if head.classes.axis_name is None:
-        return _times(head.weights, weights[ids])
-    here = ids - head.classes.first(weights.size)
-    own = weights.at[here].get(mode="fill", fill_value=0, wrap_negative_indices=False)
-    return _times(head.weights, head.classes.total(own))
+    return _times(head.weights, _of_ids(head.classes, weights[0], ids))
+
+
+def _other_weights(head: Head, ids: jax.Array) -> jax.Array | None:
+    mask, weights = head.layer.class_mask, head.layer.class_weights
+    if mask is not None:
+        weights = jnp.where(mask, 1 if weights is None else weights, 0)
+        weights = weights.astype(accumulation_dtype(head.rows.hidden.dtype))
+    if weights is None:
+        return head.weights
+    return _times(head.weights, _of_ids(head.classes, weights[0], ids))
+
+
+def _of_ids(classes: ClassAxis, numbers: jax.Array, ids: jax.Array) -> jax.Array:
+    """Returns numbers of classes by their ids, which count over all shards."""
+    if classes.axis_name is None:
+        return numbers[ids]
+    here = ids - classes.first(numbers.size)
+    own = numbers.at[here].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return psum(own, classes.axis_name)
 
 
 def _times(left: jax.Array | None, right: jax.Array | None) -> jax.Array | None:

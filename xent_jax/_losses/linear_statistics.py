@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.typing import ArrayLike
@@ -11,24 +11,9 @@ from jax.typing import ArrayLike
 from xent_jax._forms import head_arguments, meshes
 from xent_jax._forms.rows import row_results
 from xent_jax._losses.linear_forms import class_blocks_form
+from xent_jax._losses.statistics import SoftmaxStatistics
 from xent_jax._reductions.axis import AxisName
 from xent_jax._targets.class_ids import ClassIds
-
-
-class SoftmaxStatistics(NamedTuple):
-    """What `linear_softmax_statistics` returns, each of the shape of the labels.
-
-    Attributes:
-      log_prob: log-probability of the label, in nats.
-      log_normalizer: log Σ_v exp(logits[v]).
-      entropy: −Σ_v p_v log p_v, in nats.
-      prediction: int32, the class of the largest logit.
-    """
-
-    log_prob: jax.Array
-    log_normalizer: jax.Array
-    entropy: jax.Array
-    prediction: jax.Array
 
 
 @jax.named_scope("linear_softmax_statistics")
@@ -43,6 +28,7 @@ def linear_softmax_statistics(
     softcap: ArrayLike | None = None,
     class_axis_name: AxisName = None,
     class_block: int | None = None,
+    temperature: ArrayLike | None = None,
 ) -> SoftmaxStatistics:
     """Log-probability, log-normalizer, entropy and arg max of a linear layer's softmax.
 
@@ -74,20 +60,24 @@ def linear_softmax_statistics(
         are sharded over: `kernel`, `bias` and `class_mask` are the device's slice,
         class ids count over all devices, and rows are the same along it.
       class_block: Classes a block (of a device).
+      temperature: Positive; a number, or one a row in the shape of `labels`. Divides
+        the logits in float32, after the softcap and before masks. What is not known
+        when tracing is used as it is.
 
     Returns:
       `SoftmaxStatistics` of arrays of the shape of `labels`: three of float32 (float64
-      for float64 features), in nats, differentiable by `hidden`, `kernel`, `bias` and
-      `softcap` in every mode and order, and the int32 class ids `prediction`: the
-      lowest of equally large ones, −1 where the largest logit is not finite.
+      for float64 features), in nats, differentiable by `hidden`, `kernel`, `bias`,
+      `softcap` and `temperature` in every mode and order, and the int32 class ids
+      `prediction`: the lowest of equally large ones, −1 where the largest logit is not
+      finite.
 
     Raises:
       TypeError: `hidden` or `kernel` are not floating, `labels` not integers, a mask is
         not boolean, `class_block` is not an integer.
       ValueError: A shape differs from what is said here (nothing is broadcast), there
-        are no classes, `softcap` or `class_block` is not positive, `class_axis_name` is
-        of no mesh axis of this `jax.shard_map`, or `hidden` or `kernel` are sharded
-        over their features on a mesh of Explicit axes.
+        are no classes, `softcap`, `temperature` or `class_block` is not positive,
+        `class_axis_name` is of no mesh axis of this `jax.shard_map`, or `hidden` or
+        `kernel` are sharded over their features on a mesh of Explicit axes.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -112,6 +102,7 @@ def linear_softmax_statistics(
         "where": where,
         "class_mask": class_mask,
         "softcap": softcap,
+        "temperature": temperature,
     }
     statistics = functools.partial(_statistics, function, class_block)
     names = {"class_axis_name": class_axis_name}
@@ -125,10 +116,5 @@ def _statistics(
     kind = ClassIds(head.classes, entropy=True, prediction=True)
     form = class_blocks_form(function, head, class_block, kind)
     results = row_results(form, head.rows, head.layer)
-    statistics = SoftmaxStatistics(
-        log_prob=0 - results.loss,  # not −0
-        log_normalizer=results.log_normalizer,
-        entropy=results.entropy,
-        prediction=results.prediction,
-    )
+    statistics = SoftmaxStatistics.of(results)
     return jax.tree.map(lambda array: array.reshape(head.batch_shape), statistics)

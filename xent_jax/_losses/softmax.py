@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from xent_jax._arguments import arrays
-from xent_jax._arguments.arrays import Axis, Keep, Layout
+from xent_jax._arguments.arrays import Axis
 from xent_jax._forms.linearized import linearized_loss
 from xent_jax._forms.rows import Given, row_results
 from xent_jax._reductions.axis import AxisName
-from xent_jax._reductions.precision import accumulation_dtype
-from xent_jax._targets.block import Block, class_ids, zero_where_dropped
+from xent_jax._targets.block import block_of, zero_where_dropped
 from xent_jax._targets.class_ids import ClassIds, Coefficients, combined
 from xent_jax._targets.dense import DenseTargets
+from xent_jax._targets.rivals import Labels
 
 
 @jax.named_scope("softmax_cross_entropy")
@@ -99,7 +99,7 @@ def softmax_cross_entropy(
     )
     keep = arrays.read_where(layout, where)
     targets = arrays.read_targets(layout, labels, array.dtype)
-    block = _block(array, layout, keep)
+    block = block_of(array, layout.class_axis, keep.classes, keep.rows)
     targets = zero_where_dropped(targets, block)
     smoothing = arrays.read_scalar(
         function, "label_smoothing", label_smoothing, array.dtype, highest=1
@@ -112,7 +112,7 @@ def softmax_cross_entropy(
     if share is not None:
         targets = _share(share, targets, array)
     if smoothing is not None:
-        uniform = smoothing / _count_classes(array, layout, keep)
+        uniform = smoothing / arrays.count_classes(layout, keep, array.dtype)
         if weights is not None:
             uniform = _share(weights, uniform, array)
         targets = targets + uniform
@@ -223,14 +223,16 @@ def softmax_cross_entropy_with_integer_labels(
         uniform=smoothing is not None,
         label_weight=weights is not None,
     )
-    block = _block(array, layout, keep)._replace(class_weights=weights)
-    results = row_results(Given(kind), block, ids)
+    block = block_of(array, layout.class_axis, keep.classes, keep.rows)
+    block = block._replace(class_weights=weights)
+    results = row_results(Given(kind), block, Labels(ids))
     own, uniform = results.label_weight, None
     if smoothing is not None:
         own = 1 - smoothing if own is None else (1 - smoothing) * own
-        uniform = smoothing / _count_classes(array, layout, keep)
+        uniform = smoothing / arrays.count_classes(layout, keep, array.dtype)
     coefficients = Coefficients(own, uniform, coefficient)
-    return layout.squeeze(combined(results, coefficients))
+    loss = combined(results, coefficients, layout.axis)
+    return layout.squeeze(loss)
 
 
 @jax.named_scope("linearized_softmax_cross_entropy")
@@ -274,21 +276,6 @@ def linearized_softmax_cross_entropy(
     array, layout = arrays.read_logits(function, "logits", logits, axis)
     targets = arrays.read_targets(layout, labels, array.dtype)
     return layout.squeeze(linearized_loss(layout.class_axis, array, targets))
-
-
-def _block(array: jax.Array, layout: Layout, keep: Keep) -> Block:
-    classes = layout.class_axis
-    first = classes.first(layout.num_classes)
-    ids = class_ids(array, classes.axis, first)
-    return Block(array, ids, keep.classes, keep.rows)
-
-
-def _count_classes(array: jax.Array, layout: Layout, keep: Keep) -> jax.Array:
-    """Returns the number of kept classes, of all shards, at least 1."""
-    dtype = accumulation_dtype(array.dtype)
-    if keep.count is not None:
-        return jnp.maximum(keep.count, 1).astype(dtype)
-    return jnp.asarray(layout.class_axis.count(layout.num_classes), dtype)
 
 
 def _share(share: jax.Array, targets: jax.Array, logits: jax.Array) -> jax.Array:

@@ -45,24 +45,28 @@ class ClassAxis(NamedTuple):
         """Returns the sums over the classes here, added up over all shards.
 
         Args:
-          sums: a tree of arrays of one dtype, of size 1 along the class axis.
+          sums: a tree of arrays of one dtype, with a few numbers a row, or just one,
+            along the class axis.
 
         Returns:
-          The tree; where there are shards, all arrays have the shape of the widest. One
-          all-reduce: the numbers of a row lie side by side in it.
+          The tree; where there are shards, all arrays have as many rows as the widest.
+          One all-reduce: the numbers of a row lie side by side in it.
         """
         leaves, structure = jax.tree.flatten(sums)
         if self.axis_name is None or not leaves:
             return sums
+        sizes = [leaf.shape[self.axis] for leaf in leaves]
         # By a sum, which on a mesh of Explicit axes is sharded as the rows are.
-        zero = functools.reduce(jnp.add, map(jnp.zeros_like, leaves))
+        single = [leaf for leaf, size in zip(leaves, sizes, strict=True) if size == 1]
+        zero = functools.reduce(jnp.add, map(jnp.zeros_like, single))
         rows = [leaf if leaf.shape == zero.shape else leaf + zero for leaf in leaves]
         packed = jax.lax.psum(jnp.concatenate(rows, self.axis), self.axis_name)
         # Slices: jax 0.7.2 does not transpose a split of which a part is unused.
-        parts = [
-            jax.lax.slice_in_dim(packed, index, index + 1, axis=self.axis)
-            for index in range(len(leaves))
-        ]
+        parts, start = [], 0
+        for size in sizes:
+            stop = start + size
+            parts.append(jax.lax.slice_in_dim(packed, start, stop, axis=self.axis))
+            start = stop
         return structure.unflatten(parts)
 
     def largest(self, values: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from xent_jax._reductions.axis import ClassAxis
 from xent_jax._reductions.precision import accumulation_dtype
 
 
@@ -36,6 +37,18 @@ def class_ids(logits: jax.Array, axis: int, first: jax.Array | int) -> jax.Array
     shape[axis] = logits.shape[axis]
     index = jax.lax.broadcasted_iota(jnp.int32, shape, axis % logits.ndim)
     return index if isinstance(first, int) and first == 0 else index + first
+
+
+def block_of(
+    logits: jax.Array,
+    classes: ClassAxis,
+    keep_class: jax.Array | None = None,
+    keep_row: jax.Array | None = None,
+) -> Block:
+    """Returns the one block that all logits here are."""
+    axis = classes.axis
+    ids = class_ids(logits, axis, classes.first(logits.shape[axis]))
+    return Block(logits, ids, keep_class, keep_row)
 
 
 def values_of(block: Block) -> jax.Array:

@@ -6,8 +6,12 @@ and its gradient become exactly 0. With the best rival m = max_{j≠y} x_j as th
 R = Σ_{j≠y} exp(x_j − m) and w = R·exp(m − x_y), the loss is log1p(w) and the label's
 gradient −w / (1 + w): sums and products of non-negative terms, so errors add up and
 never amplify.
+
+A row may have other labels beside: their losses are log1p(w) + (x_y − x_k), so that a
+target of K ids is a sum of losses, in which the label y is best the most probable one.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -24,11 +28,13 @@ from xent_jax._targets.block import (
 )
 from xent_jax._targets.label_row import RowStatistics
 from xent_jax._targets.rivals import (
+    Labels,
     Largest,
     Sums,
     UniformSums,
     Wanted,
     merged,
+    picked,
     relative_to,
     sums_of,
 )
@@ -42,6 +48,7 @@ class Results(NamedTuple):
 
     loss: jax.Array  # log-normaliser − x_y
     log_normalizer: jax.Array
+    others: jax.Array | None  # log-normaliser − x_k of K other labels, 0 for no class
     uniform: jax.Array | None  # Σ_j w_j (log-normaliser − x_j) over the kept classes
     label_weight: jax.Array | None  # w_y
     entropy: jax.Array | None  # Σ_j p_j (log-normaliser − x_j)
@@ -64,6 +71,7 @@ class Dots(NamedTuple):
 
     loss: jax.Array
     log_normalizer: jax.Array
+    others: jax.Array | None
     uniform: jax.Array | None
     label_weight: jax.Array | None
     entropy: jax.Array | None
@@ -71,11 +79,7 @@ class Dots(NamedTuple):
 
 
 class ClassIds(NamedTuple):
-    """The kind of target that is one class id a row, and what is wanted of a row.
-
-    A target is int32 labels of size 1 along the class axis, which count over all blocks
-    and shards; −1 is no class.
-    """
+    """The kind of target that is class ids, and what is wanted of a row."""
 
     classes: ClassAxis
     uniform: bool = False
@@ -84,7 +88,7 @@ class ClassIds(NamedTuple):
     prediction: bool = False
     differentiated: bool = False
 
-    def sums(self, block: Block, labels: jax.Array) -> Sums:
+    def sums(self, block: Block, labels: Labels) -> Sums:
         """Returns the sums over one block of classes."""
         wanted = Wanted(
             self.uniform,
@@ -126,14 +130,19 @@ class ClassIds(NamedTuple):
         return total._replace(largest=Largest(largest, lowest))
 
     def results(
-        self, sums: Sums, labels: jax.Array, keep_row: jax.Array | None
+        self, sums: Sums, labels: Labels, keep_row: jax.Array | None
     ) -> Results:
         """Returns what the sums over all classes come to."""
         # +inf − +inf would hide in exp(−inf) = 0.
-        undefined = (labels < 0) | (sums.label_logit == jnp.inf)
+        undefined = (labels.own < 0) | (sums.label_logit == jnp.inf)
         label_logit = nan_where(undefined, sums.label_logit)
         row = label_row.statistics(sums.best_rival, sums.rivals, label_logit)
-        uniform = total = entropy = prediction = None
+        others = uniform = total = entropy = prediction = None
+        if labels.others is not None and sums.other_logits is not None:
+            same = labels.others == labels.own
+            others = _other_losses(sums.other_logits, label_logit, row)
+            others = jnp.where(same, row.loss, others)
+            others = jnp.where(labels.others >= 0, others, 0)
         if sums.uniform is not None:
             uniform = _uniform_loss(sums.uniform, row)
             total = sums.uniform.rivals + sums.uniform.label
@@ -144,25 +153,55 @@ class ClassIds(NamedTuple):
             if keep_row is not None:
                 found &= keep_row
             prediction = jnp.where(found, sums.largest.class_id, -1)
-        loss, log_normalizer, uniform, label_weight, entropy = jax.tree.map(
+        numbers = jax.tree.map(
             lambda numbers: zero_in_dropped_rows(numbers, keep_row),
-            (row.loss, row.log_normalizer, uniform, sums.label_weight, entropy),
+            {
+                "loss": row.loss,
+                "log_normalizer": row.log_normalizer,
+                "others": others,
+                "uniform": uniform,
+                "label_weight": sums.label_weight,
+                "entropy": entropy,
+            },
         )
         return Results(
-            loss,
-            log_normalizer,
-            uniform,
-            label_weight,
-            entropy,
-            prediction,
-            row.statistics,
-            total,
+            **numbers,
+            prediction=prediction,
+            statistics=row.statistics,
+            total_weight=total,
         )
 
-    def slopes(self, block: Block, labels: jax.Array, results: Results) -> Slopes:
+    def slope(
+        self, block: Block, labels: Labels, results: Results, factors: Results
+    ) -> jax.Array:
+        """Returns the slope of the results, each times its factor, over a block."""
+        slopes = self.slopes(block, labels, results)
+        loss, log_normalizer, others = factors[:3]
+        if others is not None and labels.others is not None:
+            # Where the label is among the others, its loss has the digits.
+            same, found = labels.others == labels.own, labels.others >= 0
+            others = jnp.where(found, others, 0)
+            loss = loss + self._total(jnp.where(same, others, 0))
+            others = jnp.where(same, 0, others)
+            rest = self._total(others)
+            log_normalizer = rest if log_normalizer is None else log_normalizer + rest
+        parts = [loss * slopes.loss]
+        if log_normalizer is not None:
+            parts.append(log_normalizer * slopes.log_normalizer)
+        if slopes.uniform is not None and factors.uniform is not None:
+            parts.append(factors.uniform * slopes.uniform)
+        slope = functools.reduce(jnp.add, parts)
+        if others is None or labels.others is None:
+            return slope
+        axis, ids = self.classes.axis, labels.others
+        pick = functools.partial(picked, axis, block.class_ids, ids=ids)
+        _, spread = jax.vjp(lambda values: pick(values=values), slope)
+        return slope - zero_where_dropped(spread(others)[0], block)
+
+    def slopes(self, block: Block, labels: Labels, results: Results) -> Slopes:
         """Returns "mean parameter minus target" of the results, over a block."""
         row, values = results.statistics, values_of(block)
-        hit = block.class_ids == labels
+        hit = block.class_ids == labels.own
         # The label's own exponential may overflow: its slope is made of numbers a row.
         rival = jnp.exp(jnp.where(hit, 0, values - row.pivot))
         rival = rival * row.rival_scale
@@ -184,7 +223,7 @@ class ClassIds(NamedTuple):
     def tangents(
         self,
         block: Block,
-        labels: jax.Array,
+        labels: Labels,
         results: Results,
         logits_dot: jax.Array | None,
         weights_dot: jax.Array | None,
@@ -202,6 +241,13 @@ class ClassIds(NamedTuple):
                 self.slopes(block, labels, results),
             )
             dots = dots._replace(**changes._asdict())
+            if labels.others is not None:
+                other = picked(
+                    self.classes.axis, block.class_ids, direction, labels.others
+                )
+                same, found = labels.others == labels.own, labels.others >= 0
+                other = jnp.where(same, dots.loss, dots.log_normalizer - other)
+                dots = dots._replace(others=jnp.where(found, other, 0))
         if weights_dot is None:
             return dots
         if dots.uniform is not None:
@@ -214,7 +260,7 @@ class ClassIds(NamedTuple):
                 total_weight=self._total(change),
             )
         if dots.label_weight is not None:
-            own = jnp.where(block.class_ids == labels, weights_dot, 0)
+            own = jnp.where(block.class_ids == labels.own, weights_dot, 0)
             own = zero_in_dropped_rows(self._total(own), block.keep_row)
             dots = dots._replace(label_weight=own)
         return dots
@@ -222,7 +268,10 @@ class ClassIds(NamedTuple):
     def no_tangents(self, results: Results, zero: jax.Array) -> Dots:
         """Returns the tangents of no classes, `zero` a row of the wanted results."""
         wanted = (getattr(results, name) for name in Dots._fields)
-        return Dots(*jax.tree.map(lambda _: zero, tuple(wanted)))
+        dots = Dots(*jax.tree.map(lambda _: zero, tuple(wanted)))
+        if results.others is None:
+            return dots
+        return dots._replace(others=zero + jnp.zeros_like(results.others))
 
     def completed(self, results: Results, dots: Dots) -> Results:
         """Returns the tangents of all results, from those that are sums over blocks."""
@@ -237,6 +286,16 @@ class ClassIds(NamedTuple):
 
     def _total(self, numbers: jax.Array) -> jax.Array:
         return jnp.sum(numbers, axis=self.classes.axis, keepdims=True)
+
+
+def _other_losses(
+    logits: jax.Array, label_logit: jax.Array, row: label_row.Row
+) -> jax.Array:
+    """Returns the loss of every other label, from the label's and its distance."""
+    logits = nan_where(logits == jnp.inf, logits)
+    ahead = jnp.where(logits == label_logit, 0, label_logit - logits)
+    finite = jnp.isfinite(row.loss)
+    return jnp.where(finite, row.loss + ahead, row.log_normalizer - logits)
 
 
 def _uniform_loss(sums: UniformSums, row: label_row.Row) -> jax.Array:
@@ -259,67 +318,24 @@ def _entropy(distance: jax.Array, row: label_row.Row) -> jax.Array:
 
 
 class Coefficients(NamedTuple):
-    """What a row's results are multiplied by; `None` stands for 1, then 0, then 0."""
+    """What a row's results are multiplied by; `None` stands for 1, then 0s."""
 
     loss: jax.Array | None
     uniform: jax.Array | None
     square: jax.Array | None  # of the log-normaliser
+    others: jax.Array | None = None  # K of them; the label's loss then has none
 
 
-def combined(results: Results, coefficients: Coefficients) -> jax.Array:
+def combined(results: Results, coefficients: Coefficients, axis: int = -1) -> jax.Array:
     """Returns the loss of every row: all options are in the coefficients."""
     loss = results.loss
-    if coefficients.loss is not None:
+    if results.others is not None and coefficients.others is not None:
+        loss = scaled(coefficients.others, results.others)
+        loss = jnp.sum(loss, axis=axis, keepdims=True)
+    elif coefficients.loss is not None:
         loss = scaled(coefficients.loss, loss)
     if results.uniform is not None and coefficients.uniform is not None:
         loss = loss + scaled(coefficients.uniform, results.uniform)
     if coefficients.square is not None:
         loss = loss + coefficients.square * jnp.square(results.log_normalizer)
     return loss
-
-
-def summed(results: Results, coefficients: Coefficients) -> jax.Array:
-    """Returns the sum over the rows of their losses."""
-    return jnp.sum(combined(results, coefficients))
-
-
-class Factors(NamedTuple):
-    """The gradients of a sum of losses by the results: factors of their slopes."""
-
-    loss: jax.Array
-    log_normalizer: jax.Array
-    uniform: jax.Array | None
-
-
-def summed_with_gradients(
-    results: Results, coefficients: Coefficients
-) -> tuple[jax.Array, Factors, Coefficients]:
-    """Returns the sum over the rows of their losses, and its gradients by both.
-
-    Those by the results are by numbers, and not by the statistics behind them.
-    """
-
-    def of_numbers(numbers: Factors, coefficients: Coefficients) -> jax.Array:
-        return summed(results._replace(**numbers._asdict()), coefficients)
-
-    numbers = Factors(results.loss, results.log_normalizer, results.uniform)
-    total, pull = jax.vjp(of_numbers, numbers, coefficients)
-    return total, *pull(jnp.ones_like(total))
-
-
-def slope_of_sum(
-    factors: Factors, coefficients: Coefficients, slopes: Slopes
-) -> jax.Array:
-    """Returns the derivative of the sum by the logits of a block, elementwise.
-
-    Args:
-      factors: of the slopes.
-      coefficients: of the sum.
-      slopes: of the results.
-    """
-    slope = factors.loss * slopes.loss
-    if coefficients.square is not None:
-        slope = slope + factors.log_normalizer * slopes.log_normalizer
-    if factors.uniform is not None and slopes.uniform is not None:
-        slope = slope + factors.uniform * slopes.uniform
-    return slope

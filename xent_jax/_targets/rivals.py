@@ -10,9 +10,22 @@ import jax
 import jax.numpy as jnp
 
 from xent_jax._reductions.classes import SPLIT_SUM, SUM, max_classes, reduce_classes
-from xent_jax._reductions.lowering import on_one_device
+from xent_jax._reductions.lowering import is_sharded, on_one_device
 from xent_jax._targets.block import Block, block_at, values_of, zero_where_dropped
 from xent_jax._targets.label_row import pivot_of
+
+# Up to so many classes a row are found by a comparison each.
+_MOST_MASKS = 32
+
+
+class Labels(NamedTuple):
+    """Class ids of rows: int32, which count over all blocks and shards.
+
+    −1 is no class.
+    """
+
+    own: jax.Array  # of size 1 along the class axis: the label that is left out
+    others: jax.Array | None = None  # K along the class axis; may have the label too
 
 
 class UniformSums(NamedTuple):
@@ -36,6 +49,7 @@ class Sums(NamedTuple):
     best_rival: jax.Array  # −inf where there is none; the pivot of the other sums
     rivals: jax.Array  # Σ_{j≠y} exp(x_j − pivot)
     label_logit: jax.Array  # 0 where the label is in another block
+    other_logits: jax.Array | None  # K a row, likewise
     uniform: UniformSums | None
     label_weight: jax.Array | None  # w_y, also where the label's class is dropped
     distance: jax.Array | None  # Σ_{j≠y} exp(x_j − pivot) (pivot − x_j)
@@ -52,19 +66,24 @@ class Wanted(NamedTuple):
     reused: bool = False  # whether several fusions use the sums
 
 
-def sums_of(wanted: Wanted, axis: int, block: Block, labels: jax.Array) -> Sums:
+def sums_of(wanted: Wanted, axis: int, block: Block, target: Labels) -> Sums:
     """Returns the sums over one block of classes."""
+    labels, others = target
     operands = block, labels
     best_rival = max_classes(_rival, operands, axis, reused=wanted.reused)
     pivot = pivot_of(best_rival)
+    label_weight = None
+    if wanted.label_weight and block.class_weights is not None:
+        label_weight = values_at(axis, block, block.class_weights, labels)
     split_sum = SPLIT_SUM._replace(reused=wanted.reused)
     operands = block, labels, pivot
     return Sums(
         best_rival,
         reduce_classes(split_sum, _power, operands, axis),
-        _label_logit(axis, block, labels),
+        logits_at(axis, block, labels),
+        None if others is None else logits_at(axis, block, others),
         _uniform_sums(axis, block, labels, pivot) if wanted.uniform else None,
-        _label_weight(axis, block, labels) if wanted.label_weight else None,
+        label_weight,
         reduce_classes(SUM, _distance, operands, axis) if wanted.entropy else None,
         _largest(axis, block) if wanted.prediction else None,
     )
@@ -101,40 +120,68 @@ def _distance(block: Block, labels: jax.Array, pivot: jax.Array) -> jax.Array:
     return jnp.where(block.class_ids == labels, 0, share)
 
 
-def _label_logit(axis: int, block: Block, labels: jax.Array) -> jax.Array:
-    """Returns the logit of each row's label, 0 where the label is in another block.
+def logits_at(axis: int, block: Block, ids: jax.Array) -> jax.Array:
+    """Returns the logits of some classes a row, 0 for one of another block.
 
-    A sum over a mask, which shares a pass over the logits with the other reductions,
+    Sums over masks, which share a pass over the logits with the other reductions,
     except on a CPU, where a gather saves that pass.
     """
 
-    def by_mask(block: Block, labels: jax.Array) -> jax.Array:
-        own = jnp.where(block.class_ids == labels, values_of(block), 0)
-        return jnp.sum(own, axis=axis, keepdims=True)
+    def by_mask(block: Block, ids: jax.Array) -> jax.Array:
+        return picked(axis, block.class_ids, values_of(block), ids)
 
-    def by_gather(block: Block, labels: jax.Array) -> jax.Array:
-        here, ids = _places(block.class_ids, labels)
-        picked = block_at(axis, block, ids)
-        return jnp.where(ids == here, values_of(picked), 0)
+    def by_gather(block: Block, ids: jax.Array) -> jax.Array:
+        here, places = _places(block.class_ids, ids)
+        found = block_at(axis, block, places)
+        return jnp.where(places == here, values_of(found), 0)
 
-    return on_one_device(by_mask, by_gather)(block, labels)
+    return on_one_device(by_mask, by_gather)(block, ids)
 
 
-def _label_weight(axis: int, block: Block, labels: jax.Array) -> jax.Array | None:
-    """Returns the weight of the label's class, 0 where it is in another block."""
-    if block.class_weights is None:
-        return None
+def picked(
+    axis: int, class_ids: jax.Array, values: jax.Array, ids: jax.Array
+) -> jax.Array:
+    """Returns the values of some classes a row, 0 for one of another block.
 
-    def by_mask(weights: jax.Array, ids: jax.Array, labels: jax.Array) -> jax.Array:
-        own = jnp.where(ids == labels, weights, 0)
-        return jnp.sum(own, axis=axis, keepdims=True)
+    Linear in the values. What the masks transpose to spreads numbers over a block, in
+    one fusion with what they are added to; that of a gather is a scatter, which writes
+    the block once more.
+    """
+    count = ids.shape[axis]
+    if count > _MOST_MASKS and not is_sharded(values):
+        here, places = _places(class_ids, ids)
+        found = jnp.take_along_axis(values, places, axis)
+        return jnp.where(places == here, found, 0)
+    parts = [ids] if count == 1 else jnp.split(ids, count, axis)
+    sums = [
+        jnp.sum(jnp.where(class_ids == one, values, 0), axis=axis, keepdims=True)
+        for one in parts
+    ]
+    return sums[0] if count == 1 else jnp.concatenate(sums, axis)
 
-    def by_gather(weights: jax.Array, ids: jax.Array, labels: jax.Array) -> jax.Array:
-        here, place = _places(ids, labels)
-        return jnp.where(place == here, weights.reshape(-1)[place], 0)
 
-    choose = on_one_device(by_mask, by_gather)
-    return choose(block.class_weights, block.class_ids, labels)
+def values_at(axis: int, block: Block, values: jax.Array, ids: jax.Array) -> jax.Array:
+    """Returns numbers of some classes a row, 0 for one of another block.
+
+    Args:
+      axis: of the classes.
+      block: which classes they are.
+      values: a number a class, of every row or of all rows.
+      ids: of classes.
+    """
+
+    def by_mask(values: jax.Array, class_ids: jax.Array, ids: jax.Array) -> jax.Array:
+        return picked(axis, class_ids, values, ids)
+
+    def by_gather(values: jax.Array, class_ids: jax.Array, ids: jax.Array) -> jax.Array:
+        here, places = _places(class_ids, ids)
+        if values.size == values.shape[axis]:
+            found = values.reshape(-1)[places]
+        else:
+            found = jnp.take_along_axis(values, places, axis)
+        return jnp.where(places == here, found, 0)
+
+    return on_one_device(by_mask, by_gather)(values, block.class_ids, ids)
 
 
 def _places(class_ids: jax.Array, labels: jax.Array) -> tuple[jax.Array, jax.Array]:

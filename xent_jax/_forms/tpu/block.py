@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from xent_jax._forms.loops import varying
-from xent_jax._forms.row_split import Part
+from xent_jax._forms.row_gradients import total_and_factors
+from xent_jax._forms.splitting import RowBlock
 from xent_jax._forms.tpu.kernels import (
     LOWEST,
     KernelSum,
@@ -24,12 +25,7 @@ from xent_jax._forms.tpu.kernels import (
 )
 from xent_jax._forms.tpu.tiling import Tiling
 from xent_jax._targets.block import Block, zero_in_dropped_rows
-from xent_jax._targets.class_ids import (
-    ClassIds,
-    Coefficients,
-    slope_of_sum,
-    summed_with_gradients,
-)
+from xent_jax._targets.class_ids import ClassIds, Coefficients
 from xent_jax._targets.rivals import Sums, UniformSums, relative_to
 
 
@@ -85,7 +81,7 @@ class Added(NamedTuple):
 def block_gradients(
     plan: Plan,
     classes: Classes,
-    part: Part,
+    part: RowBlock,
     place: jax.Array,
     memory: Memory,
 ) -> tuple[Added, Memory]:
@@ -99,7 +95,7 @@ def block_gradients(
       memory: as the block before left it.
     """
     rows, count = part.rows, classes.kernel.shape[1]
-    here = rows.labels - classes.first
+    here = rows.target.own - classes.first
     here = jnp.where((here >= 0) & (here < count), here, -1)
 
     def in_kernel(array: jax.Array) -> jax.Array:
@@ -132,7 +128,7 @@ def block_gradients(
 
 
 def _between(
-    plan: Plan, classes: Classes, part: Part, here: jax.Array, tiles: Tiles
+    plan: Plan, classes: Classes, part: RowBlock, here: jax.Array, tiles: Tiles
 ) -> tuple[jax.Array, RowSlopes, Coefficients]:
     """Returns the loss, its slopes, and its gradients by the coefficients.
 
@@ -147,15 +143,14 @@ def _between(
     count = plan.tiling.tiles(classes.kernel.shape[1])
     numbers = jax.tree.map(lambda array: array[:, :count], tiles)
     sums = _sums(numbers, plan.tiling.classes, here, classes.uniform)
-    results = kind.results(kind.over_shards(sums), rows.labels, rows.keep)
-    loss, factors, coefficients_bar = summed_with_gradients(results, coefficients)
+    results = kind.results(kind.over_shards(sums), rows.target, rows.keep)
+    loss, factors, coefficients_bar = total_and_factors(results, coefficients)
 
     def slope(
         logits: jax.Array, ids: jax.Array, kept: jax.Array | None, weight: Any
     ) -> jax.Array:
         block = Block(logits, ids, kept, rows.keep, weight)
-        slopes = kind.slopes(block, rows.labels, results)
-        return slope_of_sum(factors, coefficients, slopes)
+        return kind.slope(block, rows.target, results, factors)
 
     kept = rival_weight = weight = uniform = None
     if classes.kept is not None:
@@ -166,7 +161,7 @@ def _between(
         weight = _at(classes.uniform.classes, here)
         uniform = zero_in_dropped_rows(factors.uniform, rows.keep)
     rival = slope(tiles.pivot, jnp.full((1, 1), -2, jnp.int32), None, rival_weight)
-    label = slope(results.loss, rows.labels, kept, weight)
+    label = slope(results.loss, rows.target.own, kept, weight)
     return loss, RowSlopes(rival, label, uniform), coefficients_bar
 
 
@@ -189,7 +184,9 @@ def _sums(
         weights = UniformSums(tiles.distance, others, _at(uniform.classes, here))
     best_rival = jnp.where(tiles.pivot == LOWEST, -jnp.inf, tiles.pivot)
     largest = jnp.max(best_rival, axis=1, keepdims=True)
-    sums = Sums(best_rival, tiles.rivals, tiles.label_logit, weights, None, None, None)
+    sums = Sums(
+        best_rival, tiles.rivals, tiles.label_logit, None, weights, None, None, None
+    )
     sums = jax.tree.map(
         lambda numbers: jnp.sum(numbers, axis=1, keepdims=True),
         relative_to(largest, sums),

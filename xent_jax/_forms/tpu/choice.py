@@ -16,7 +16,7 @@ from xent_jax._reductions.lowering import Place
 SWITCH = "XENT_JAX_TPU_KERNELS"
 
 
-def are_for(wanted: Wanted, rows: Rows, layer: Layer) -> bool:
+def are_for(form: RowBlocks, wanted: Wanted, rows: Rows, layer: Layer) -> bool:
     """Returns whether the kernels make the gradients that are wanted of such a head."""
     _, softcap, class_weights = wanted.small
     sizes = (*rows.hidden.shape, layer.kernel.shape[1])
@@ -24,7 +24,11 @@ def are_for(wanted: Wanted, rows: Rows, layer: Layer) -> bool:
         wanted.hidden
         and wanted.kernel
         and not (softcap or class_weights)
+        and not form.statistics
+        and layer.teacher is None
+        and rows.target.others is None
         and layer.softcap is None
+        and rows.temperature is None
         and rows.hidden.dtype == jnp.bfloat16
         and layer.kernel.dtype in (jnp.bfloat16, jnp.float32)
         and all(isinstance(size, int) and size > 0 for size in sizes)

@@ -16,7 +16,7 @@ from xent_jax._forms.row_gradients import (
     no_rows,
     only,
 )
-from xent_jax._forms.row_split import Part
+from xent_jax._forms.splitting import RowBlock
 from xent_jax._forms.tpu.block import (
     Added,
     Classes,
@@ -37,8 +37,8 @@ def value_and_gradients(
     rows: Rows,
     layer: Layer,
     coefficients: Coefficients,
-) -> tuple[jax.Array, Gradients]:
-    """Returns the sum of the rows' losses, and its gradients.
+) -> tuple[jax.Array, None, Gradients]:
+    """Returns the sum of the rows' losses, no statistics, and the gradients.
 
     Those by features and kernel have been rounded to the dtypes of these.
 
@@ -65,7 +65,7 @@ def value_and_gradients(
         start = order[index] * tiling.rows
         part = jax.tree.map(
             lambda array: jax.lax.dynamic_slice_in_dim(array, start, tiling.rows),
-            Part(rows, coefficients, None),
+            RowBlock(rows, coefficients, None),
         )
         place = jnp.stack([index == 0, index == times - 1]).astype(jnp.int32)
         added, memory = block_gradients(plan, classes, part, place, memory)
@@ -77,12 +77,14 @@ def value_and_gradients(
     carry = _nothing(plan, wanted, classes, rows, coefficients), memory
     sums, memory = jax.lax.fori_loop(0, times, step, carry)
     kernel_bar = memory.kept if memory.result is None else memory.result
-    return sums.loss, Gradients(
+    gradients = Gradients(
         sums.hidden[:count].astype(jnp.float32),
+        None,
         kernel_bar.astype(jnp.float32) if narrow else memory.total,
         Small(sums.bias, None, None),
         jax.tree.map(lambda array: array[:count], sums.coefficients),
     )
+    return sums.loss, None, gradients
 
 
 def _classes(plan: Plan, layer: Layer, dtype: jnp.dtype) -> Classes:
@@ -152,7 +154,7 @@ def _in_whole_blocks(
     if not missing:
         return rows, coefficients
     if rows.keep is None:
-        rows = rows._replace(keep=rows.labels == rows.labels)
+        rows = rows._replace(keep=rows.target.own == rows.target.own)
     return jax.tree.map(
         lambda array: jnp.pad(array, ((0, missing), (0, 0))), (rows, coefficients)
     )

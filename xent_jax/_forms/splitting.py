@@ -1,4 +1,4 @@
-"""Rows of a linear head in blocks, and their results put together again."""
+"""Rows in blocks, for a loop that goes over them, and its results as rows again."""
 
 from typing import Any, NamedTuple
 
@@ -7,28 +7,31 @@ import jax.numpy as jnp
 
 from xent_jax._forms.head import Rows, kept_hidden
 from xent_jax._forms.loops import zeros
-from xent_jax._forms.row_gradients import RowBlocks
 from xent_jax._reductions.lowering import is_sharded, one_device
-from xent_jax._targets.class_ids import Coefficients
 
 
-class Part(NamedTuple):
-    """The part of the arguments that one step of a loop takes."""
+class RowBlock(NamedTuple):
+    """The part of the arguments that one step of a loop over rows takes."""
 
     rows: Rows
-    coefficients: Coefficients
+    coefficients: Any
     transposed: jax.Array | None  # the features of the rows, [D, N]
 
 
-def split(form: RowBlocks, rows: Rows, coefficients: Coefficients) -> Part:
+def split(rows: Rows, coefficients: Any, size: int, together: bool) -> RowBlock:
     """Returns the rows in blocks; a dropped row is what is missing.
 
     On several devices a block has every n-th row of n blocks: where rows are sharded
     over a mesh, all shards then have their part in every block, and none is sent
     around. Otherwise, and for blocks that may be left out, as dropped rows lie
     together, a block is of rows that lie together, which takes no copy.
+
+    Args:
+      rows: N of them.
+      coefficients: a tree of arrays of N rows.
+      size: rows a block.
+      together: whether the rows of a block lie together in any case.
     """
-    size = form.size
     rows = rows._replace(hidden=kept_hidden(rows))
     count = rows.hidden.shape[0]
     blocks = -(-count // size)
@@ -37,25 +40,29 @@ def split(form: RowBlocks, rows: Rows, coefficients: Coefficients) -> Part:
     if not whole and rows.keep is None:
         rows = rows._replace(keep=jnp.ones((count, 1), jnp.bool_))
 
-    def parted(array: jax.Array) -> jax.Array:
+    def part(array: jax.Array) -> jax.Array:
         if not whole:
             array = jnp.pad(array, ((0, missing), (0, 0)))
         features = array.shape[-1]
         return _together_or_apart(
-            form,
+            together,
             lambda array: array.reshape(blocks, size, features),
             lambda array: array.reshape(size, blocks, features).swapaxes(0, 1),
             array,
         )
 
-    return jax.tree.map(parted, Part(rows, coefficients, None))
+    rows, coefficients = jax.tree.map(part, (rows, coefficients))
+    if not whole and rows.temperature is not None:
+        temperature = jnp.where(rows.keep, rows.temperature, 1)
+        rows = rows._replace(temperature=temperature)
+    return RowBlock(rows, coefficients, None)
 
 
-def joined(form: RowBlocks, blocks: jax.Array) -> jax.Array:
+def joined(blocks: jax.Array, together: bool) -> jax.Array:
     """Returns the rows of all blocks as one axis, in their order before `split`."""
     count, size, features = blocks.shape
     return _together_or_apart(
-        form,
+        together,
         lambda blocks: blocks.reshape(count * size, features),
         lambda blocks: blocks.swapaxes(0, 1).reshape(count * size, features),
         blocks,
@@ -63,33 +70,31 @@ def joined(form: RowBlocks, blocks: jax.Array) -> jax.Array:
 
 
 def _together_or_apart(
-    form: RowBlocks, together: Any, apart: Any, array: jax.Array
+    always: bool, together: Any, apart: Any, array: jax.Array
 ) -> jax.Array:
     """Returns one of two functions of an array, by where the rows of a block are."""
-    if form.skip:
+    if always:
         return together(array)
     if is_sharded(array):
         return apart(array)
     return jax.lax.cond(one_device(), together, apart, array)
 
 
-def unless_idle(form: RowBlocks, step: Any) -> Any:
+def unless_idle(step: Any) -> Any:
     """Returns the step of a scan, left out for a block of dropped rows."""
-    if not form.skip:
-        return step
 
-    def idle(carry: Any, block: Part) -> tuple[Any, Any]:
+    def idle(carry: Any, block: RowBlock) -> tuple[Any, Any]:
         _, shapes = jax.eval_shape(lambda: step(carry, block))
 
         def nothing(out: jax.ShapeDtypeStruct) -> jax.Array:
             # XLA:GPU takes a constant out of the branch, and then copies the kernel's
             # gradient in every step.
             zero = zeros(out.shape, out.dtype, out)
-            return jnp.where(block.rows.labels[0, 0] > 0, zero, zero)
+            return jnp.where(jnp.ravel(jnp.asarray(block.rows.keep))[0], zero, zero)
 
         return carry, jax.tree.map(nothing, shapes)
 
-    def guarded(carry: Any, block: Part) -> tuple[Any, Any]:
+    def guarded(carry: Any, block: RowBlock) -> tuple[Any, Any]:
         counts = jnp.any(jnp.asarray(block.rows.keep))
         return jax.lax.cond(counts, step, idle, carry, block)
 
