@@ -178,7 +178,7 @@ def _sums(
     """
     weights = None
     if tiles.distance is not None and uniform is not None:
-        number = jnp.arange(uniform.tiles.size)[None]
+        number = jnp.arange(uniform.tiles.size, dtype=jnp.int32)[None]
         own_tile = number == jnp.where(here < 0, -1, here // tile_classes)
         others = jnp.where(own_tile, _at(uniform.others, here), uniform.tiles[None])
         weights = UniformSums(tiles.distance, others, _at(uniform.classes, here))
