@@ -149,7 +149,7 @@ def test_as_a_tpu_would_run_it(shape, options, monkeypatch, rng):
     tiling = TILING._replace(interpret=pltpu.InterpretParams())
     # This interpreter has effects, which what is traced in a lowering cannot have.
     kernels = functools.partial(total.value_and_gradients, tiling)
-    monkeypatch.setattr(row_blocks, "_by_chip", kernels)
+    monkeypatch.setattr(row_blocks, "_by_place", kernels)
     inputs = bfloat16_inputs(rng, shape, options)
     assert_right(inputs, value_and_gradients(inputs))
 
