@@ -11,6 +11,7 @@ Figures are made without pyplot, so that no display is needed.
 
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -230,9 +231,48 @@ def memory_chart(programs: dict, theme: Theme) -> Figure:
     return figure
 
 
-def charts(errors: dict, programs: dict) -> dict[str, str]:
+def classes_chart(records: Sequence[dict], mode: str, theme: Theme) -> Figure:
+    """Time a logit by the number of classes."""
+    lines = [
+        Line(
+            contender,
+            [
+                (entry["shape"][1], 1e9 * entry["median_seconds"] / math.prod(shape))
+                for entry in records
+                for shape in [entry["shape"]]
+                if (entry["contender"], entry["mode"]) == (contender, mode)
+            ],
+            # Each is a measurement of its own.
+            {"marker": "o", "markersize": 4},
+        )
+        for contender in ("optax", "torch.compile", "xent_jax")
+    ]
+    figure, axes = line_chart(lines, "nanoseconds a logit", "number of classes", theme)
+    axes.set_xscale("log")
+    axes.set_xlim(2, 131072)
+    powers = range(1, 6)
+    axes.set_xticks([10.0**power for power in powers], [f"{10**n:,}" for n in powers])
+    axes.set_xticks([], minor=True)
+    axes.set_yscale("log")
+    axes.set_ylim(0.1, 10)
+    axes.set_yticks([0.1, 0.3, 1, 3, 10], ["0.1", "0.3", "1", "3", "10"])
+    axes.set_yticks([], minor=True)
+    return figure
+
+
+def charts(errors: dict, programs: dict, sweep: Sequence[dict]) -> dict[str, str]:
     """Returns the text of every chart by the name of its file."""
     drawn = {
+        "value-by-classes": (
+            lambda theme: classes_chart(sweep, "value", theme),
+            "Time a logit of the loss of class ids in float32, from 2 to 131072 "
+            "classes, beside optax and torch.compile.",
+        ),
+        "gradient-by-classes": (
+            lambda theme: classes_chart(sweep, "value_and_grad", theme),
+            "Time a logit of the loss of class ids and its gradient in float32, from 2 "
+            "to 131072 classes, beside optax and torch.compile.",
+        ),
         "error-by-margin": (
             lambda theme: error_chart(errors, theme),
             "Error of the loss against the margin of the label: optax and PyTorch lose "

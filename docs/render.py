@@ -12,7 +12,6 @@ between two comments that bear its name, so the text around it is free.
 
 import ast
 import functools
-import itertools
 import json
 import math
 import pathlib
@@ -28,13 +27,21 @@ DOCS = pathlib.Path(__file__).parent
 ROOT = DOCS.parent
 ERRORS = json.loads((DOCS / "data" / "errors.json").read_text(encoding="utf-8"))
 PROGRAMS = json.loads((DOCS / "data" / "programs.json").read_text(encoding="utf-8"))
-RECORDS = (ROOT / "examples" / "results" / "cpu.jsonl").read_text(encoding="utf-8")
-TIMES = [json.loads(line) for line in RECORDS.splitlines()]
+
+
+def read_records(name: str) -> list[dict]:
+    """Returns what a run of the benchmark has measured."""
+    path = ROOT / "examples" / "results" / name
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+TIMES, SWEEP = read_records("cpu.jsonl"), read_records("cpu-sweep.jsonl")
 
 PAGES = (
     ROOT / "README.md",
     DOCS / "architecture.md",
     DOCS / "backends.md",
+    DOCS / "cpu.md",
     DOCS / "numerics.md",
     DOCS / "porting.md",
 )
@@ -68,7 +75,15 @@ LOSSES = {
     "categorical": "probabilities",
     "binary": "binary probabilities",
 }
-KINDS = {"integer": "class ids", "dense": "dense targets", "sigmoid": "sigmoid"}
+KINDS = {
+    "integer": "class ids",
+    "dense": "dense targets",
+    "sigmoid": "sigmoid",
+    "log-probabilities": "log-probabilities",
+    "probabilities": "probabilities",
+}
+# The numbers of classes in the short table.
+SHORT = {10, 21, 100, 255, 1000, 8192, 32768}
 MODES = {
     ("value", "fresh"): "value",
     ("value_and_grad", "fresh"): "value and gradient",
@@ -302,25 +317,45 @@ def speed(record: dict, peer: str) -> str:
     return f"{seconds[peer] / seconds[record['contender']]:.2f}"
 
 
-def speed_table() -> str:
-    """The speed of the losses of logits, the largest shapes first."""
-    records = {
-        tuple(record[key] for key in ("labels", "dtype", "mode", "memory"))
-        + tuple(record["shape"]): record
-        for record in TIMES
-        if record["suite"] == "logits" and record["contender"] == "xent_jax"
-    }
-    shapes = sorted({name[4:] for name in records}, key=math.prod, reverse=True)
+def speed_table(*, short: bool) -> str:
+    """The speed of the losses of logits, the fewest classes first.
+
+    Relative to the plain formula where optax has no such function.
+    """
+    records = {}
+    for record in TIMES:
+        if record["suite"] == "logits" and record["contender"] == "xent_jax":
+            row = record["labels"], *record["shape"], record["axis"], record["dtype"]
+            records[*row, record["mode"], record["memory"]] = record
+    rows = sorted({name[:-2] for name in records}, key=_order)
     lines = []
-    for labels, shape, dtype in itertools.product(KINDS, shapes, DTYPES):
-        cells = []
-        for mode in MODES:
-            record = records.get((labels, dtype, *mode, *shape))
-            peers = [speed(record, peer) for peer in PEERS] if record else []
-            cells.append(" / ".join(filter(None, peers)))
-        if any(cells):
-            lines.append([f"{KINDS[labels]}, {list(shape)}, {dtype}", *cells])
+    for row in rows:
+        labels, *shape, axis, dtype = row
+        if short and not (
+            labels in ("integer", "dense", "sigmoid")
+            and len(shape) == 2
+            and shape[1] in SHORT
+            and shape[0] > 32
+        ):
+            continue
+        found = [records.get((*row, *mode)) for mode in MODES]
+        rivals = ("naive",) if "probabilities" in labels else PEERS
+        cells = [
+            " / ".join(filter(None, (speed(record, rival) for rival in rivals)))
+            if record
+            else ""
+            for record in found
+        ]
+        where = "" if axis == -1 else f", classes on axis {axis}"
+        lines.append([f"{KINDS[labels]}, {shape}{where}, {dtype}", *cells])
     return table(["", *MODES.values()], lines)
+
+
+def _order(row: tuple) -> tuple:
+    """Sorts rows by kind, from few classes to many, float32 first."""
+    labels, *shape, axis, dtype = row
+    size = math.prod(shape)
+    return [*KINDS].index(labels), shape[axis], size, -axis, DTYPES.index(dtype)
 
 
 def head_speed_table() -> str:
@@ -399,7 +434,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "optax-table": optax_table,
     "memory-table": memory_table,
     "measured-table": lambda: loss_table(MEASURED),
-    "speed-table": speed_table,
+    "speed-table": lambda: speed_table(short=True),
+    "speed-table-all": lambda: speed_table(short=False),
     "head-speed-table": head_speed_table,
     "error-versions": lambda: versions(ERRORS),
     "program-versions": lambda: versions(PROGRAMS),
@@ -428,7 +464,7 @@ def outputs() -> dict[pathlib.Path, str]:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         texts[page] = BLOCK.sub(lambda m: m[1] + BLOCKS[m[2]]() + m[4], text)
-    pictures = charts.charts(ERRORS, PROGRAMS) | draw_architecture.pictures()
+    pictures = charts.charts(ERRORS, PROGRAMS, SWEEP) | draw_architecture.pictures()
     for name, picture in pictures.items():
         texts[DOCS / "pictures" / name] = picture
     return texts

@@ -1,10 +1,13 @@
 """Times the losses against their peers: `python examples/benchmark.py --help`.
 
 Two suites. `head` is the linear head, value and gradients by hidden and kernel, at the
-shapes of real models (smaller ones on a CPU). `logits` is the losses of logits, value
-and value with gradient, the gradient in new memory or in that of the donated logits.
-Whatever of optax, tokamax, jax-cce and torch is installed takes part, beside the form
-without a package: a checkpointed scan over tokens, or log(softmax).
+shapes of real models (smaller ones on a CPU). `logits` is the losses of logits, of
+log-probabilities and of probabilities, value and value with gradient, the gradient in
+new memory or in that of the donated logits: for 2 to 128256 classes, of four million
+logits where it is not said, for batches that take microseconds, and for images with the
+classes on the axis before the pixels or after. Whatever of optax, tokamax, jax-cce and
+torch is installed takes part, beside the form without a package: a checkpointed scan
+over tokens, log(softmax), or the textbook's formula of probabilities.
 
 All that is compared runs in the same rounds: a round calls every contender once untimed
 and then timed, in rotating order, and medians over the rounds are compared, so that a
@@ -13,11 +16,15 @@ matmuls of a head and nothing else, or one pass over the arrays that a loss has 
 and write. Before it is timed, a contender's value and gradients are compared with ours;
 one that differs or fails is not timed, stays in the table and says so. Compilation is
 timed apart. `temp` is the memory that the compiler sets aside beside arguments and
-results.
+results. Calls of less than a tenth of a millisecond are timed a hundred at once.
+
+`--sweep` times class ids in float32 as the number of classes goes from 2 to 131072,
+four million logits each, beside optax and torch.compile: the documentation's curves.
 
     python examples/benchmark.py head --output examples/results/cpu.jsonl --check
     python examples/benchmark.py logits --only integer --only float32 --rounds 31
     python examples/benchmark.py head --shapes 4096x2048x50257 --skip torch
+    python examples/benchmark.py --sweep --output examples/results/cpu-sweep.jsonl
     python examples/benchmark.py --read examples/results/cpu.jsonl --markdown
 """
 
@@ -60,33 +67,53 @@ SHAPES = {
         (32768, 2560, 128256): FLOATS[1:],
     },
     "head on a CPU": {(2048, 1024, 32000): FLOATS, (2048, 1024, 128256): FLOATS[:1]},
-    "logits": dict.fromkeys(
-        [
-            (128, 10),
-            (419430, 10),
-            (199728, 21),
-            (41943, 100),
-            (16448, 255),
-            (4096, 1000),
-            (512, 8192),
-            (2048, 32768),
-            (512, 128256),
-        ],
-        FLOATS,
-    ),
 }
-TINY = {"head": {(24, 16, 100): FLOATS}, "logits": {(16, 10): FLOATS}}
+
+
+def _shapes(*classes: int) -> list[tuple[int, int]]:
+    """Returns the shapes of four million logits."""
+    return [(2**22 // number, number) for number in classes]
+
+
 # What is computed, and whose memory the gradient takes.
 MODES = [("value", "fresh"), ("value_and_grad", "fresh"), ("value_and_grad", "donated")]
+FRESH, DONATED = MODES[:2], MODES[2:]
+KINDS_OF_SOFTMAX = ("integer", "dense")
+OF_PROBABILITIES = ("log-probabilities", "probabilities")
+SMALL = [(32, 10), (128, 10)]
+FEW = _shapes(2, 10, 21)
+MANY = [
+    *_shapes(100, 128, 255, 256, 500),
+    (4096, 1000),
+    *_shapes(1024, 2000, 8192, 50257, 128256),
+]
+LARGE, WIDEST = (2048, 32768), (512, 128256)
+IMAGES = {(8, 21, 160, 160): 1, (8, 160, 160, 21): -1}  # the axis of the classes
+SIGMOID = [(4096, 1000), LARGE]
+PROBABILITIES = _shapes(10, 100, 1000, 8192)
+LOGITS = [
+    (KINDS_OF_SOFTMAX, FRESH, [*SMALL, *FEW, *MANY, LARGE], FLOATS),
+    (KINDS_OF_SOFTMAX, DONATED, [SMALL[1], *_shapes(100), *SIGMOID], FLOATS),
+    (("integer",), FRESH, [*IMAGES, WIDEST], FLOATS),
+    (("sigmoid",), MODES, SIGMOID, FLOATS),
+    (OF_PROBABILITIES, FRESH, PROBABILITIES, FLOATS[:1]),
+]
+# What the shapes of the command line are tried with.
 KINDS = {
     "head": [("integer", *MODES[1])],
-    "logits": [(y, *mode) for y in ("integer", "dense", "sigmoid") for mode in MODES],
+    "logits": [(y, *mode) for y in (*KINDS_OF_SOFTMAX, "sigmoid") for mode in MODES],
 }
-KINDS_OF_SOFTMAX = ("integer", "dense")
-RULERS = ("optax", "floor")  # what speeds are shown relative to
+TINY = {"head": (24, 16, 100), "logits": (16, 10)}
+SWEEP = _shapes(
+    *(2, 3, 5, 10, 21, 32, 33, 100, 128, 255, 256, 500, 1000, 2000, 4096, 8192),
+    *(16384, 32768, 50257, 131072),
+)
+NOT_IN_SWEEP = ("naive", "floor", "torch")
+RULERS = ("optax", "naive", "floor")  # what speeds are shown relative to
 # ‖difference from ours‖ / ‖ours‖: a loss in bfloat16 is off by 0.4 %.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
 SAMPLE_SECONDS = 2e-3  # at least: shorter calls are repeated
+SMALL_SECONDS, SMALL_REPEATS = 1e-4, 100
 PAUSE_SECONDS = 1e-2  # until the threads of the contender before have gone to sleep
 
 
@@ -99,10 +126,13 @@ class Case(NamedTuple):
     memory: str
     shape: tuple[int, ...]
     dtype: str
+    axis: int = -1  # of the classes
 
     @property
     def name(self) -> str:
-        return " ".join([*self[:4], "x".join(map(str, self.shape)), self.dtype])
+        axis = [] if self.axis == -1 else [f"axis {self.axis}"]
+        shape = "x".join(map(str, self.shape))
+        return " ".join([*self[:4], shape, self.dtype, *axis])
 
 
 class Entry(NamedTuple):
@@ -134,6 +164,24 @@ class Goal(NamedTuple):
     rival: str | None = "optax"
 
 
+def head_cases() -> Iterator[Case]:
+    """Yields the cases of a linear head."""
+    on_cpu = jax.default_backend() == "cpu"
+    for shape, dtypes in SHAPES["head on a CPU" if on_cpu else "head"].items():
+        for dtype in dtypes:
+            yield Case("head", *KINDS["head"][0], shape, dtype)
+
+
+def logits_cases() -> Iterator[Case]:
+    """Yields the cases of the losses of logits, and of probabilities."""
+    for kinds, modes, shapes, dtypes in LOGITS:
+        for kind, mode, shape, dtype in itertools.product(kinds, modes, shapes, dtypes):
+            yield Case("logits", kind, *mode, shape, dtype, IMAGES.get(shape, -1))
+
+
+SUITES = {"head": head_cases, "logits": logits_cases}
+
+
 def _goals() -> Iterator[Goal]:
     head = "head integer value_and_grad fresh"
     mean, rows = "xent_jax mean", "xent_jax per row"
@@ -148,27 +196,35 @@ def _goals() -> Iterator[Goal]:
     yield Goal("gpu", large, mean, "speed", 1 / 1.1, "floor")
     yield Goal("gpu", large, mean, "speed", 1.0)
     yield Goal("gpu", large, mean, "temp", 5 * 2**30, None)
-    few, many = ((419430, 10), (199728, 21)), ((41943, 100), (16448, 255), (4096, 1000))
-    for labels, mode in itertools.product(KINDS_OF_SOFTMAX, MODES[:2]):
-        for (rows, classes), *bounds in (
-            *((shape, 0.8, 1.0) for shape in few),
-            *((shape, 0.95, 1.2) for shape in (*many, (512, 8192))),
-        ):
-            for dtype, bound in zip(FLOATS, bounds, strict=True):
-                name = f"logits {labels} {mode[0]} fresh {rows}x{classes} {dtype}"
-                yield Goal("cpu", name, "xent_jax", "speed", bound)
-                torch_bound = 0.75 if mode[0] == "value" else 0.9
-                yield Goal(
-                    "cpu", name, "xent_jax", "speed", torch_bound, "torch.compile"
-                )
-    for shape, mode in itertools.product(("4096x1000", "2048x32768"), MODES[:2]):
-        name = f"logits sigmoid {mode[0]} fresh {shape} float32"
-        bound = 4 if mode[0] == "value" else 3.5
-        yield Goal("cpu", name, "xent_jax", "speed", bound)
-        yield Goal("cpu", name, "xent_jax", "speed", 0.8, "torch.compile")
-    for mode, dtype in itertools.product(MODES[:2], FLOATS):
-        name = f"logits integer {mode[0]} fresh 128x10 {dtype}"
-        yield Goal("cpu", name, "xent_jax", "speed", 1 / 1.1)
+    yield from _goals_of_logits()
+
+
+def _goals_of_logits() -> Iterator[Goal]:
+    def goals(case: Case, bound: float, rival: str = "optax") -> Iterator[Goal]:
+        compiled = 0.75 if case.mode == "value" else 0.9
+        if case.labels == "sigmoid":
+            compiled = 0.8
+        yield Goal("cpu", case.name, "xent_jax", "speed", bound, rival)
+        if rival == "optax" and case.shape not in SMALL:
+            yield Goal("cpu", case.name, "xent_jax", "speed", compiled, "torch.compile")
+
+    for case in logits_cases():
+        half, value = case.dtype == "bfloat16", case.mode == "value"
+        if case.memory == "donated" or case.shape == WIDEST:
+            continue
+        if case.shape in SMALL:
+            yield from goals(case, 1 / 1.1)
+        elif case.labels in OF_PROBABILITIES:
+            yield from goals(case, 0.9, "naive")
+        elif case.labels == "sigmoid":
+            if not half:
+                yield from goals(case, 4 if value else 3.5)
+        elif case.shape in IMAGES:
+            yield from goals(case, 1.2 if case.axis == 1 else 0.8)
+        elif case.shape in FEW:
+            yield from goals(case, 1.0 if half else 0.8)
+        elif case.shape in MANY:
+            yield from goals(case, 1.2 if half else 0.95)
 
 
 GOALS = tuple(_goals())
@@ -228,57 +284,85 @@ def _jax_cce(hidden, kernel, labels):
 
 def logits_entries(case: Case) -> Iterator[Entry]:
     """Yields who takes logits and labels, ours first."""
-    name, naive, torch_name = {
-        "integer": (
-            "softmax_cross_entropy_with_integer_labels",
-            lambda x, y: -jnp.log(jax.nn.softmax(x))[jnp.arange(len(y)), y],
-            "cross_entropy",
-        ),
-        "dense": (
-            "softmax_cross_entropy",
-            lambda x, y: -jnp.sum(y * jnp.log(jax.nn.softmax(x)), axis=-1),
-            "cross_entropy",
-        ),
-        "sigmoid": (
-            "sigmoid_binary_cross_entropy",
-            lambda x, y: (
-                -y * jnp.log(p := jax.nn.sigmoid(x)) - (1 - y) * jnp.log(1 - p)
-            ),
-            "binary_cross_entropy_with_logits",
-        ),
-    }[case.labels]
+    axis, integer = case.axis, case.labels in ("integer", "log-probabilities")
 
     def floor(logits, labels):
-        wide = labels.ndim == 2
         if case.mode == "value":
-            return jnp.sum(logits), jnp.sum(labels) if wide else 0
-        return logits * labels if wide else logits * 2
+            return jnp.sum(logits), 0 if integer else jnp.sum(labels)
+        return logits * 2 if integer else logits * labels
 
-    losses = getattr(xent_jax, name), getattr(optax, name), naive
-    for contender, loss in zip(("xent_jax", "optax", "naive"), losses, strict=True):
+    name, torch_name = LOSSES[case.labels]
+    options = {} if axis == -1 else {"axis": axis}
+    losses = {"xent_jax": functools.partial(getattr(xent_jax, name), **options)}
+    if case.labels not in OF_PROBABILITIES:
+        losses["optax"] = functools.partial(getattr(optax, name), **options)
+    losses["naive"] = functools.partial(NAIVE[case.labels], axis=axis)
+    for contender, loss in losses.items():
         yield Entry(contender, lambda x, y, loss=loss: loss(x, y).mean())
     yield Entry("floor", floor, "floor")
     on_cpu = jax.default_backend() == "cpu" and case.memory == "fresh"
-    if on_cpu and importlib.util.find_spec("torch"):
+    if on_cpu and torch_name and importlib.util.find_spec("torch"):
         torch_loss = getattr(importlib.import_module("torch").nn.functional, torch_name)
-        yield Entry("torch", torch_loss, "torch")
-        yield Entry("torch.compile", torch_loss, "torch.compile")
+
+        def with_classes_second(logits, labels):
+            return torch_loss(logits.movedim(axis, 1), labels)
+
+        loss = torch_loss if len(case.shape) == 2 else with_classes_second
+        yield Entry("torch", loss, "torch")
+        yield Entry("torch.compile", loss, "torch.compile")
+
+
+def _naive_nll(x, y, axis):
+    return -jnp.take_along_axis(x, jnp.expand_dims(y, axis), axis)
+
+
+def _naive_sigmoid(x, y, axis):
+    p = jax.nn.sigmoid(x)
+    return -y * jnp.log(p) - (1 - y) * jnp.log(1 - p)
+
+
+def _naive_probabilities(p, y, axis):
+    p = p / jnp.sum(p, axis, keepdims=True)
+    return -jnp.sum(y * jnp.log(jnp.clip(p, 1e-7, 1 - 1e-7)), axis)
+
+
+LOSSES = {  # here, and in torch
+    "integer": ("softmax_cross_entropy_with_integer_labels", "cross_entropy"),
+    "dense": ("softmax_cross_entropy", "cross_entropy"),
+    "sigmoid": ("sigmoid_binary_cross_entropy", "binary_cross_entropy_with_logits"),
+    "log-probabilities": ("nll_loss", "nll_loss"),
+    "probabilities": ("categorical_cross_entropy", None),
+}
+NAIVE = {
+    "integer": lambda x, y, axis: _naive_nll(jnp.log(jax.nn.softmax(x, axis)), y, axis),
+    "dense": lambda x, y, axis: -jnp.sum(y * jnp.log(jax.nn.softmax(x, axis)), axis),
+    "sigmoid": _naive_sigmoid,
+    "log-probabilities": _naive_nll,
+    "probabilities": _naive_probabilities,
+}
 
 
 def make_arrays(case: Case) -> tuple[jax.Array, ...]:
     """Returns what the loss is of: what it is differentiated by, and the labels."""
     keys = jax.random.split(jax.random.key(0), 3)
-    rows, *features, classes = case.shape
     normal = functools.partial(jax.random.normal, dtype=case.dtype)
-    inputs = (normal(keys[0], (rows, *(features or [classes]))),)
-    if features:
-        scale = jnp.asarray(features[0] ** -0.5, case.dtype)
-        inputs = *inputs, scale * normal(keys[1], (*features, classes))
-    if case.labels == "integer":
-        return *inputs, jax.random.randint(keys[2], (rows,), 0, classes)
-    squash = jax.nn.softmax if case.labels == "dense" else jax.nn.sigmoid
-    labels = squash(jax.random.normal(keys[2], (rows, classes)))
-    return *inputs, labels.astype(case.dtype)
+    if case.suite == "head":
+        rows, features, classes = case.shape
+        scale = jnp.asarray(features**-0.5, case.dtype)
+        kernel = scale * normal(keys[1], (features, classes))
+        labels = jax.random.randint(keys[2], (rows,), 0, classes)
+        return normal(keys[0], (rows, features)), kernel, labels
+    logits, axis, shape = normal(keys[0], case.shape), case.axis, list(case.shape)
+    if case.labels == "log-probabilities":
+        logits = jax.nn.log_softmax(logits, axis)
+    elif case.labels == "probabilities":
+        logits = jax.nn.softmax(logits, axis)
+    if case.labels in ("integer", "log-probabilities"):
+        classes = shape.pop(axis)
+        return logits, jax.random.randint(keys[2], shape, 0, classes)
+    squash = jax.nn.sigmoid if case.labels == "sigmoid" else jax.nn.softmax
+    labels = squash(jax.random.normal(keys[2], shape))
+    return logits, labels.astype(case.dtype)
 
 
 def build(case: Case, entry: Entry, arrays: Sequence[jax.Array]) -> Contender:
@@ -365,6 +449,13 @@ def sample(contender: Contender) -> float:
     return seconds / len(results)
 
 
+def repeats_of(seconds: float) -> int:
+    """Returns how many calls of so many seconds are a sample."""
+    if seconds < SMALL_SECONDS:
+        return SMALL_REPEATS
+    return max(1, round(SAMPLE_SECONDS / seconds))
+
+
 def measure(
     case: Case, entries: Sequence[Entry], rounds: int, advance: Callable[[], None]
 ) -> list[dict[str, Any]]:
@@ -393,7 +484,7 @@ def measure(
                 if not record["difference"] <= TOLERANCE[case.dtype]:
                     raise ValueError("its value or gradients are not ours")
             del result
-            repeats = max(1, round(SAMPLE_SECONDS / sample(contender)))
+            repeats = repeats_of(sample(contender))
             ready[entry.name] = contender._replace(repeats=repeats)
         except Exception as error:  # whatever a peer raises, the table says it
             wrong = record["difference"] is not None
@@ -434,17 +525,17 @@ def environment() -> dict[str, Any]:
 def cases_of(options: argparse.Namespace) -> list[Case]:
     """Returns the cases that the command line selects."""
     cases = []
-    for suite in KINDS if options.suite == "both" else [options.suite]:
-        on_cpu = suite == "head" and jax.default_backend() == "cpu"
-        shapes = SHAPES["head on a CPU" if on_cpu else suite]
-        if options.tiny:
-            shapes = TINY[suite]
-        if options.shapes:
-            axes = {"head": 3, "logits": 2}[suite]
-            shapes = {shape: FLOATS for shape in options.shapes if len(shape) == axes}
-        for kind in KINDS[suite]:
-            for shape, dtypes in shapes.items():
-                cases += [Case(suite, *kind, shape, dtype) for dtype in dtypes]
+    if options.sweep:
+        for shape, mode in itertools.product(SWEEP, FRESH):
+            cases.append(Case("logits", "integer", *mode, shape, "float32"))
+    for suite in SUITES if options.suite == "both" else [options.suite]:
+        if options.tiny or options.shapes:
+            shapes = options.shapes or [TINY[suite]]
+            shapes = [shape for shape in shapes if len(shape) == len(TINY[suite])]
+            for kind, *rest in itertools.product(KINDS[suite], shapes, FLOATS):
+                cases.append(Case(suite, *kind, *rest))
+        elif not options.sweep:
+            cases += SUITES[suite]()
     return [case for case in cases if all(text in case.name for text in options.only)]
 
 
@@ -547,10 +638,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("suite", nargs="?", choices=[*KINDS, "both"], default="both")
+    add("suite", nargs="?", choices=[*SUITES, "both"], default="both")
     add("--only", action="append", default=[], metavar="TEXT", help="in a case's name")
     add("--skip", action="append", default=[], metavar="NAME", help="a contender")
     add("--shapes", nargs="+", type=_shape, help="NxDxV heads, NxV logits")
+    add("--sweep", action="store_true", help="from 2 to 131072 classes, nothing else")
     add("--tiny", action="store_true", help="shapes that take no time, to try it out")
     add("--rounds", type=int, default=15)
     add("--output", type=Path, default=os.devnull, help="a file for the JSON lines")
@@ -567,7 +659,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("no case is selected, or no round")
         options.output.parent.mkdir(parents=True, exist_ok=True)
         with options.output.open("w", encoding="utf-8") as output:
-            records = run(cases, options.rounds, options.skip, output)
+            skip = [*options.skip, *(NOT_IN_SWEEP if options.sweep else ())]
+            records = run(cases, options.rounds, skip, output)
     console = Console()
     console.width = max(console.width, 110)
     show(records, console, box.MARKDOWN if options.markdown else box.SIMPLE)

@@ -23,7 +23,7 @@ class LossCase:
     name: str
     loss: Callable[..., jax.Array]
     oracle: Callable[..., oracle.Loss]
-    kind: str  # of the labels: ids, targets or answers
+    kind: str  # of the labels: ids, sparse, targets, teacher or answers
     positive: bool  # whether the inputs are probabilities
     options: dict[str, Any]
 
@@ -40,7 +40,9 @@ class LossCase:
             inputs = 2 * rng.standard_normal((rows, classes))
         labels = {
             "ids": rng.integers(0, classes, rows),
+            "sparse": _packed(rng, rows, classes),
             "targets": rng.uniform(0.0, 1.0, (rows, classes)),
+            "teacher": 2 * rng.standard_normal((rows, classes)),
             "answers": rng.uniform(0.0, 1.0, (rows, classes)),
         }[self.kind]
         return inputs, labels
@@ -52,15 +54,44 @@ class LossCase:
         return self.oracle(inputs, labels, **self.options, **more)
 
 
+IDS = 3  # of sparse targets, a row
+
+
+def _packed(rng: np.random.Generator, rows: int, classes: int) -> np.ndarray:
+    """Returns class ids and their probabilities side by side: one array of labels."""
+    ids = rng.integers(-1, classes, (rows, IDS))
+    probs = np.where(ids < 0, 0, rng.uniform(0.0, 1.0, (rows, IDS)))
+    return np.concatenate([ids, probs], -1)
+
+
+def unpacked(labels: Any) -> dict[str, Any]:
+    """Returns the arguments that packed labels stand for."""
+    labels = labels if hasattr(labels, "astype") else np.asarray(labels)
+    return {"indices": labels[..., :IDS].astype(np.int32), "probs": labels[..., IDS:]}
+
+
+def _sparse(logits: Any, labels: Any, **options: Any) -> jax.Array:
+    loss = xent_jax.softmax_cross_entropy_with_sparse_targets
+    return loss(logits, **unpacked(labels), **options)
+
+
+def _sparse_truth(logits: Any, labels: Any, **options: Any) -> oracle.Loss:
+    loss = oracle.softmax_cross_entropy_with_sparse_targets
+    return loss(logits, **unpacked(labels), **options)
+
+
 _WEIGHTS = np.linspace(0.5, 2.0, 7, dtype=np.float32)
 
 
 def _case(name: str, kind: str, label: str = "", **options: Any) -> LossCase:
     positive = name in ("categorical_cross_entropy", "binary_cross_entropy")
+    if kind == "sparse":
+        return LossCase(f"{name}{label}", _sparse, _sparse_truth, kind, False, options)
     loss, truth = getattr(xent_jax, name), getattr(oracle, name)
     return LossCase(f"{name}{label}", loss, truth, kind, positive, options)
 
 
+SPARSE = "softmax_cross_entropy_with_sparse_targets"
 INTEGER = "softmax_cross_entropy_with_integer_labels"
 CASES = [
     _case(INTEGER, "ids"),
@@ -83,6 +114,23 @@ CASES = [
         label_smoothing=0.1,
         class_weights=_WEIGHTS,
         z_loss=0.01,
+    ),
+    _case(SPARSE, "sparse"),
+    _case(
+        SPARSE,
+        "sparse",
+        "-all",
+        label_smoothing=0.1,
+        class_weights=_WEIGHTS,
+        z_loss=0.01,
+    ),
+    _case("softmax_kl_divergence", "teacher"),
+    _case(
+        "softmax_kl_divergence",
+        "teacher",
+        "-reverse",
+        direction="reverse",
+        temperature=2.0,
     ),
     _case("sigmoid_binary_cross_entropy", "answers"),
     _case(

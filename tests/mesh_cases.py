@@ -20,7 +20,9 @@ ROWS, FEATURES, CLASSES = 8, 6, 16
 DATA, VOCAB = "data", "vocab"  # the mesh axes
 MESH_SHAPES = {"rows": (8, 1), "classes": (1, 8), "both": (2, 4)}
 
-# What an argument's axes are: rows (n), classes (v), features (d).
+IDS = 3  # of sparse targets, a row
+
+# What an argument's axes are: rows (n), classes (v), features (d), ids of a row (k).
 AXES = {
     "logits": "nv",
     "log_probs": "nv",
@@ -30,7 +32,16 @@ AXES = {
     "kernel": "dv",
     "values": "n",
     "ids": "n",
+    "indices": "nk",
+    "label_indices": "nk",
+    "id_probs": "nk",
+    "label_probs": "nk",
     "targets": "nv",
+    "teacher_logits": "nv",
+    "teacher_hidden": "nd",
+    "teacher_kernel": "dv",
+    "teacher_bias": "v",
+    "row_temperature": "n",
     "where": "n",
     "where_classes": "nv",
     "weights": "n",
@@ -49,12 +60,15 @@ AXES = {
 # The others are named as the argument that they are given as.
 ARGUMENT = {
     "ids": "labels",
+    "label_indices": "labels",
+    "id_probs": "probs",
+    "row_temperature": "temperature",
     "targets": "labels",
     "where_classes": "where",
     "pos_weight_full": "pos_weight",
     "pos_weight_one": "pos_weight",
 }
-DISCRETE = ("ids", "where", "where_classes", "class_mask")
+DISCRETE = ("ids", "indices", "label_indices", "where", "where_classes", "class_mask")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,18 +120,21 @@ class MeshCase:
 def _numbers() -> dict[str, np.ndarray]:
     """Returns an array for every key of `AXES`."""
     rng = np.random.default_rng(11)
-    shapes = {"n": ROWS, "v": CLASSES, "d": FEATURES}
+    shapes = {"n": ROWS, "v": CLASSES, "d": FEATURES, "k": IDS}
     numbers: dict[str, Any] = {
         name: rng.uniform(0.2, 0.9, [shapes[axis] for axis in axes])
         for name, axes in AXES.items()
     }
-    for name in ("logits", "scores", "hidden", "kernel", "bias"):
+    signed = ("logits", "scores", "hidden", "kernel", "bias")
+    for name in (*signed, *(name for name in AXES if name.startswith("teacher"))):
         numbers[name] = rng.standard_normal(numbers[name].shape)
     numbers["log_probs"] = np.log(numbers["probs"])
     kept = CLASSES * 3 // 4
     floats = {name: np.float32(array) for name, array in numbers.items()}
     return floats | {
         "ids": np.int32(rng.integers(0, kept, ROWS)),
+        "indices": np.int32(rng.integers(0, kept, (ROWS, IDS))),
+        "label_indices": np.int32(rng.integers(0, kept, (ROWS, IDS))),
         "where": np.arange(ROWS) % 3 > 0,
         "where_classes": np.tile(np.arange(CLASSES) < kept, (ROWS, 1)),
         "class_mask": np.arange(CLASSES) < kept,
@@ -151,6 +168,8 @@ _OPTIONS = "label_smoothing class_weights z_loss"
 _CLASSES, _BATCH = ("class_axis_name",), ("batch_axis_name",)
 _HEAD = "hidden kernel ids"
 _HEAD_OPTIONS = f"bias where weights class_mask {_OPTIONS} softcap"
+_TEACHER = ("teacher_hidden", "teacher_kernel", "teacher_bias")
+_SPARSE = "softmax_cross_entropy_with_sparse_targets"
 _IDS = "softmax_cross_entropy_with_integer_labels"
 CASES = [
     *(
@@ -162,6 +181,22 @@ CASES = [
         _case(function, f"logits {labels} where_classes {_OPTIONS}", names=_CLASSES)
         for function, labels in ((_IDS, "ids"), ("softmax_cross_entropy", "targets"))
     ),
+    *(
+        _case(_SPARSE, f"logits indices id_probs{more}", names=_CLASSES)
+        for more in ("", f" where {_OPTIONS}", f" where_classes {_OPTIONS}")
+    ),
+    *(
+        _case(
+            "softmax_kl_divergence",
+            f"logits teacher_logits{more}",
+            names=_CLASSES,
+            constant=("teacher_logits",),
+            direction=direction,
+        )
+        for direction in ("forward", "reverse")
+        for more in ("", " where_classes")
+    ),
+    _case("softmax_statistics", "logits ids where_classes", names=_CLASSES),
     _case("nll_loss", "log_probs ids where class_weights"),
     _case("nll_loss", "log_probs ids where_classes"),
     _case("categorical_cross_entropy", "probs targets where"),
@@ -202,8 +237,29 @@ CASES = [
     ),
     _case(
         "linear_softmax_statistics",
-        f"{_HEAD} bias where class_mask softcap",
+        f"{_HEAD} bias where class_mask softcap row_temperature",
         names=_CLASSES,
+    ),
+    *(
+        _case(
+            "linear_softmax_cross_entropy",
+            f"hidden kernel label_indices label_probs row_temperature {_HEAD_OPTIONS}",
+            "" if reduction else "n",
+            (*_CLASSES, *_BATCH) if reduction else _CLASSES,
+            **({"reduction": reduction} if reduction else {}),
+        )
+        for reduction in (None, "mean")
+    ),
+    *(
+        _case(
+            "linear_softmax_kl_divergence",
+            f"hidden kernel {' '.join(_TEACHER)} bias where weights class_mask",
+            "" if reduction else "n",
+            (*_CLASSES, *_BATCH) if reduction else _CLASSES,
+            constant=_TEACHER,
+            **({"reduction": reduction} if reduction else {}),
+        )
+        for reduction in (None, "mean")
     ),
 ]
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -125,6 +125,69 @@ def softmax_cross_entropy_with_integer_labels(
     )
 
 
+def softmax_cross_entropy_with_sparse_targets(
+    logits: Any,
+    indices: Any,
+    probs: Any,
+    axis: int = -1,
+    where: Any = None,
+    **options: Any,
+) -> Loss:
+    """Dense targets Σ_k probs_k·[indices_k = j]; the label gradient is that of probs.
+
+    An id outside the classes is padding.
+    """
+    logits, indices = np.asarray(logits, np.float64), np.asarray(indices)
+    rows = np.moveaxis(logits, axis, -1)
+    targets = np.zeros(rows.shape)
+    for place in np.ndindex(indices.shape):
+        if 0 <= indices[place] < rows.shape[-1]:
+            targets[(*place[:-1], indices[place])] += np.asarray(probs, np.float64)[
+                place
+            ]
+    targets = np.moveaxis(targets, -1, axis)
+    loss = softmax_cross_entropy(logits, targets, axis, where, **options)
+    dense = np.moveaxis(np.asarray(loss.label_gradient), axis, -1)
+    inside = (indices >= 0) & (indices < rows.shape[-1])
+    own = np.take_along_axis(dense, np.where(inside, indices, 0), -1)
+    return loss._replace(label_gradient=np.where(inside, own, 0))
+
+
+def softmax_kl_divergence(
+    logits: Any,
+    teacher: Any,
+    axis: int = -1,
+    where: Any = None,
+    *,
+    direction: str = "forward",
+    temperature: float = 1.0,
+) -> Loss:
+    """Σ q·log(q / p) of the teacher's q and the student's p; reverse: of p and q."""
+    keep = np.ones(np.shape(logits), bool)
+    if where is not None:
+        mask = np.asarray(where)
+        keep &= mask if mask.ndim == keep.ndim else np.expand_dims(mask, axis)
+    rows = keep.any(axis, keepdims=True)
+
+    def log_softmax(values: Any) -> np.ndarray:
+        values = np.where(keep, np.asarray(values, np.float64) / temperature, -np.inf)
+        values = np.where(rows, values, 0)
+        return values - _log_sum_exp(values, axis)
+
+    log_p, log_q = log_softmax(logits), log_softmax(teacher)
+    first, second = (log_p, log_q) if direction == "reverse" else (log_q, log_p)
+    mass = np.exp(first)
+    with np.errstate(invalid="ignore"):
+        change = np.where(mass == 0, 0, first - second)
+    value = (mass * change).sum(axis)
+    if direction == "reverse":
+        slope = mass * (change - np.expand_dims(value, axis))
+    else:
+        slope = np.exp(log_p) - np.exp(log_q)
+    gradient = np.where(keep & rows, slope, 0) / temperature
+    return Loss(np.where(np.squeeze(rows, axis), value, 0), gradient)
+
+
 def linearized_softmax_cross_entropy(
     logits: Any, labels: Any, axis: int | tuple[int, ...] = -1
 ) -> Loss:

@@ -160,11 +160,31 @@ CALLS = {
         {"hidden": LOGITS, "kernel": KERNEL, "labels": np.array([0, 2]), "where": KEEP},
         {"bias": TARGETS[0], "weights": TARGETS[0, :2], "label_smoothing": 0.1,
          "class_weights": TARGETS[0], "z_loss": 0.2, "softcap": 1.5,
+         "temperature": TARGETS[1, :2],
          "class_mask": np.array([True, False, True])},
     ),
     "linear_softmax_statistics": (
         {"hidden": LOGITS, "kernel": KERNEL, "labels": np.array([0, 2]), "where": KEEP},
-        {"bias": TARGETS[0], "softcap": 1.5,
+        {"bias": TARGETS[0], "softcap": 1.5, "temperature": 0.7,
+         "class_mask": np.array([True, False, True])},
+    ),
+    "softmax_cross_entropy_with_sparse_targets": (
+        {"logits": LOGITS, "indices": np.array([[0, 1], [2, 2]]),
+         "probs": TARGETS[:, :2], "where": KEEP},
+        {"label_smoothing": 0.1, "class_weights": TARGETS[0], "z_loss": 0.2},
+    ),
+    "softmax_statistics": (
+        {"logits": LOGITS, "labels": np.array([0, 2]), "where": KEEP}, {},
+    ),
+    "softmax_kl_divergence": (
+        {"logits": LOGITS, "teacher_logits": TARGETS, "where": KEEP},
+        {"temperature": 0.7},
+    ),
+    "linear_softmax_kl_divergence": (
+        {"hidden": LOGITS, "kernel": KERNEL, "teacher_hidden": LOGITS + 1,
+         "teacher_kernel": KERNEL, "where": KEEP},
+        {"bias": TARGETS[0], "teacher_bias": TARGETS[1], "weights": TARGETS[0, :2],
+         "softcap": 1.5, "teacher_softcap": 2.5, "temperature": 0.7,
          "class_mask": np.array([True, False, True])},
     ),
     "sinkhorn_targets": (
@@ -175,7 +195,7 @@ CALLS = {
         {"logits": LOGITS, "scores": LOGITS, "where": KEEP},
         {"temperature": 0.7, "epsilon": 0.3, "tol": 0.01, "prior": TARGETS[0]},
     ),
-    "weighted_mean": ({"values": LOGITS, "weights": TARGETS}, {}),
+    "weighted_mean": ({"values": LOGITS, "weights": TARGETS, "where": LOGITS > 0}, {}),
 }  # fmt: skip
 
 
@@ -326,7 +346,11 @@ def test_pos_weight_broadcasts_to_the_logits(shape, rng):
 NAMED = {
     "softmax_cross_entropy": "class_axis_name",
     "softmax_cross_entropy_with_integer_labels": "class_axis_name",
+    "softmax_cross_entropy_with_sparse_targets": "class_axis_name",
+    "softmax_statistics": "class_axis_name",
+    "softmax_kl_divergence": "class_axis_name",
     "linear_softmax_statistics": "class_axis_name",
+    "linear_softmax_kl_divergence": "class_axis_name",
     "linear_softmax_cross_entropy": "batch_axis_name",
     "sinkhorn_targets": "batch_axis_name",
     "weighted_mean": "batch_axis_name",

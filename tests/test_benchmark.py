@@ -1,6 +1,7 @@
 """The benchmark: it runs, says who is wrong, and judges the goals as it prints them."""
 
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -32,6 +33,7 @@ FIELDS = {
     "memory": str,
     "shape": list,
     "dtype": str,
+    "axis": int,
     "contender": str,
     "status": str,
     "detail": str,
@@ -103,13 +105,78 @@ def test_the_tiny_cases_run(benchmark, tmp_path):
     assert all(names == LOGITS for names in logits)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("labels", ["dense", "sigmoid"])
-def test_the_contenders_compute_the_same_loss(benchmark, labels, dtype):
-    case = benchmark.Case("logits", labels, "value", "fresh", (16, 10), dtype)
-    entries = [e for e in benchmark.logits_entries(case) if e.name in LOGITS]
+PROBABILITIES = {"xent_jax", "floor", "naive"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "dtype", "shape", "axis", "contenders"),
+    [
+        ("dense", "float32", (16, 10), -1, LOGITS),
+        ("dense", "bfloat16", (16, 10), -1, LOGITS),
+        ("sigmoid", "float32", (16, 10), -1, LOGITS),
+        ("sigmoid", "bfloat16", (16, 10), -1, LOGITS),
+        ("integer", "float32", (2, 7, 4, 5), 1, LOGITS),
+        ("integer", "float32", (2, 4, 5, 7), -1, LOGITS),
+        ("log-probabilities", "float32", (16, 10), -1, PROBABILITIES),
+        ("probabilities", "float32", (16, 10), -1, PROBABILITIES),
+    ],
+)
+@pytest.mark.parametrize("mode", ["value", "value_and_grad"])
+def test_the_contenders_compute_the_same_loss(
+    benchmark, labels, dtype, shape, axis, contenders, mode
+):
+    case = benchmark.Case("logits", labels, mode, "fresh", shape, dtype, axis)
+    entries = list(benchmark.logits_entries(case))
+    if dtype == "float32":  # torch's loss and gradient too, where it is installed
+        entries = [entry for entry in entries if entry.name != "torch.compile"]
+    else:
+        entries = [entry for entry in entries if entry.name in LOGITS]
     records = benchmark.measure(case, entries, 1, lambda: None)
-    assert {r["contender"]: r["status"] for r in records} == dict.fromkeys(LOGITS, "ok")
+    statuses = {record["contender"]: record["status"] for record in records}
+    assert statuses.keys() - {"torch"} == contenders
+    assert set(statuses.values()) == {"ok"}, records
+
+
+def test_the_cases_of_logits_are_what_people_run(benchmark):
+    cases = list(benchmark.logits_cases())
+    assert len({case.name for case in cases}) == len(cases)
+    found = {(case.labels, case.mode, case.dtype, case.shape[-1]) for case in cases}
+    classes = (2, 10, 21, 100, 128, 255, 256, 500, 1000, 1024, 2000, 8192)
+    for labels, number in itertools.product(
+        ("integer", "dense"), (*classes, 50257, 128256)
+    ):
+        for mode, dtype in itertools.product(
+            ("value", "value_and_grad"), benchmark.FLOATS
+        ):
+            assert (labels, mode, dtype, number) in found
+    assert {case.axis for case in cases if len(case.shape) == 4} == {1, -1}
+
+
+def test_the_sweep_is_of_twenty_numbers_of_classes(benchmark, monkeypatch, tmp_path):
+    monkeypatch.setattr(benchmark, "SWEEP", [(40, 2), (8, 10)])
+    output = tmp_path / "sweep.jsonl"
+    arguments = ["--sweep", "--rounds", "1", "--skip", "torch.compile"]
+    assert benchmark.main([*arguments, "--output", str(output)]) == 0
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {record["contender"] for record in records} == {"xent_jax", "optax"}
+    assert {(*record["shape"], record["mode"]) for record in records} == {
+        (40, 2, "value"),
+        (40, 2, "value_and_grad"),
+        (8, 10, "value"),
+        (8, 10, "value_and_grad"),
+    }
+    monkeypatch.undo()
+    numbers = [classes for _, classes in benchmark.SWEEP]
+    assert numbers == sorted(set(numbers))
+    assert (len(numbers), numbers[0], numbers[-1]) == (20, 2, 131072)
+    assert all(2**22 * 0.98 < rows * each <= 2**22 for rows, each in benchmark.SWEEP)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "repeats"), [(2e-5, 100), (9e-5, 100), (4e-4, 5), (1.0, 1)]
+)
+def test_short_calls_are_repeated(benchmark, seconds, repeats):
+    assert benchmark.repeats_of(seconds) == repeats
 
 
 @pytest.mark.parametrize("arguments", [["tail"], ["--only", "abacus"], ["--rounds=0"]])
@@ -202,7 +269,7 @@ def test_every_goal_is_about_a_case_that_runs_by_default(benchmark, monkeypatch)
     for platform in ("cpu", "gpu"):
         monkeypatch.setattr(benchmark.jax, "default_backend", lambda p=platform: p)
         options = benchmark.argparse.Namespace(
-            suite="both", tiny=False, shapes=None, only=[]
+            suite="both", sweep=False, tiny=False, shapes=None, only=[]
         )
         names = {case.name for case in benchmark.cases_of(options)}
         goals = [goal for goal in benchmark.GOALS if goal.platform == platform]

@@ -50,6 +50,10 @@ TARGETS[1:4] = [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 2, 0, 0.5, 0]]
 ANSWERS = np.clip(TARGETS, 0, 1)
 PROBS = RNG.dirichlet(np.full(CLASSES, 3), ROWS).astype(np.float32)
 PROBS[2:4] = [[0, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
+IDS = {"indices": np.array([[0, 1], [1, -1], [1, 1], [1, 3], [1, -1], [4, 4]])}
+PROBS_OF_IDS = np.array(
+    [[0.5, 0.5], [1, 0], [0.3, 0.7], [0.9, 0], [1, 0], [2, 1]], np.float32
+)
 WEIGHTS = np.array([0.5, 2, 0, 1, 3], np.float32)
 ROW_WEIGHTS = np.array([0.5, 2, 0, 1, 3, 0], np.float32)
 KEEP_ROWS = np.array([True, True, False, True, True, False])
@@ -113,6 +117,19 @@ def _calls() -> Iterator[tuple[str, Call]]:
         yield f"ids, {name}", Call(ids, x | moving, y | rest)
         dense = xent_jax.softmax_cross_entropy
         yield f"dense, {name}", Call(dense, x | t | moving, rest)
+        sparse = xent_jax.softmax_cross_entropy_with_sparse_targets
+        call = Call(sparse, x | {"probs": PROBS_OF_IDS} | moving, IDS | rest)
+        yield f"sparse, {name}", call
+    for name in ("plain", "rows", "classes"):
+        rest = OF_CLASSES[name][1]
+        statistics = xent_jax.softmax_statistics
+        yield f"given statistics, {name}", Call(statistics, x, y | rest)
+        for direction in ("forward", "reverse"):
+            rest = rest | {"teacher_logits": MODERATE, "direction": direction}
+            call = Call(
+                xent_jax.softmax_kl_divergence, {"logits": MODERATE[::-1]}, rest
+            )
+            yield f"divergence, {direction}, {name}", call
     linearized = xent_jax.linearized_softmax_cross_entropy
     yield "linearized", Call(linearized, x, t)
     answers = {"labels": ANSWERS}
@@ -155,6 +172,20 @@ def _calls_of_heads() -> Iterator[tuple[str, Call]]:
             more = {"labels": LABELS, "reduction": reduction, **block}
             loss = xent_jax.linear_softmax_cross_entropy
             yield f"head, {name}, {reduction}", Call(loss, head | moving, rest | more)
+            if name in ("plain", "all"):
+                more |= {"labels": IDS["indices"]}
+                few = {"label_probs": PROBS_OF_IDS, "temperature": ROW_WEIGHTS + 1}
+                call = Call(loss, head | few | moving, rest | more)
+                yield f"sparse head, {name}, {reduction}", call
+        teacher = {"teacher_hidden": HIDDEN[::-1], "teacher_kernel": KERNEL[:, ::-1]}
+        for reduction, block in BLOCKS.items():
+            names = ("where", "class_mask", "bias", "softcap", "weights")
+            both = rest | teacher | {"reduction": reduction, **block}
+            names = (*names, *teacher, *both.keys() & {"reduction", *block})
+            both = {k: v for k, v in both.items() if k in names}
+            some = {k: v for k, v in moving.items() if k in names}
+            call = Call(xent_jax.linear_softmax_kl_divergence, head | some, both)
+            yield f"divergence of heads, {name}, {reduction}", call
         names = ("where", "class_mask", "bias", "softcap", "labels")
         rest = {k: v for k, v in (rest | {"labels": LABELS}).items() if k in names}
         moving = {k: v for k, v in moving.items() if k in names}

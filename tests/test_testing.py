@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from losses import EACH
+from losses import EACH, unpacked
 
 import xent_jax
 from xent_jax import testing
 
 INTEGER = xent_jax.softmax_cross_entropy_with_integer_labels
 DENSE = xent_jax.softmax_cross_entropy
+SPARSE = xent_jax.softmax_cross_entropy_with_sparse_targets
 
 
 @pytest.mark.parametrize("case", EACH)
@@ -22,19 +23,27 @@ def test_every_loss_obeys_its_law(case, rng):
     labels = labels if case.kind == "ids" else labels.astype(np.float32)
     inputs = inputs.astype(np.float32)
     bound = 4e-6 if case.positive else None
-    testing.assert_gradient_law(case.loss, inputs, labels, bound=bound, **case.options)
-    law = testing.law_of(case.loss)
-    testing.assert_law_differentiates(law, inputs, labels, **case.options)
+    loss, options = case.loss, case.options
+    if case.kind == "sparse":
+        loss, options = SPARSE, options | {"probs": unpacked(labels)["probs"]}
+        labels = unpacked(labels)["indices"]
+    testing.assert_gradient_law(loss, inputs, labels, bound=bound, **options)
+    law = testing.law_of(loss)
+    testing.assert_law_differentiates(law, inputs, labels, **options)
 
 
 @pytest.mark.parametrize("case", EACH)
 def test_the_laws_equal_the_oracle_of_the_tests(case, rng):
     """Two people's float64 formulas of the same loss."""
     inputs, labels = case.inputs(rng)
-    law, truth = testing.law_of(case.loss), case.truth(inputs, labels)
-    value = law.value(inputs, labels, **case.options)
+    truth, loss, options = case.truth(inputs, labels), case.loss, case.options
+    if case.kind == "sparse":
+        loss, options = SPARSE, options | {"probs": unpacked(labels)["probs"]}
+        labels = unpacked(labels)["indices"]
+    law = testing.law_of(loss)
+    value = law.value(inputs, labels, **options)
     if isinstance(truth, oracle.Loss):
-        gradient = law.gradient(inputs, labels, **case.options)
+        gradient = law.gradient(inputs, labels, **options)
         np.testing.assert_allclose(gradient, truth.gradient, rtol=1e-9, atol=1e-12)
         truth = truth.value
     np.testing.assert_allclose(value, truth, rtol=1e-12)

@@ -21,6 +21,8 @@ import xent_jax
 from xent_jax._checking.closed_forms import (
     BINARY_LAW,
     CATEGORICAL_LAW,
+    DIVERGENCE_LAW,
+    ENTROPY_LAW,
     LINEARIZED_LAW,
     NLL_LAW,
     SIGMOID_LAW,
@@ -32,6 +34,8 @@ from xent_jax._checking.closed_forms import (
 __all__ = [
     "BINARY_LAW",
     "CATEGORICAL_LAW",
+    "DIVERGENCE_LAW",
+    "ENTROPY_LAW",
     "LINEARIZED_LAW",
     "NLL_LAW",
     "SIGMOID_LAW",
@@ -54,6 +58,8 @@ def law_of(loss: Callable[..., Any]) -> Law:
     laws = {
         xent_jax.softmax_cross_entropy: SOFTMAX_LAW,
         xent_jax.softmax_cross_entropy_with_integer_labels: SOFTMAX_LAW,
+        xent_jax.softmax_cross_entropy_with_sparse_targets: SOFTMAX_LAW,
+        xent_jax.softmax_kl_divergence: DIVERGENCE_LAW,
         xent_jax.linearized_softmax_cross_entropy: LINEARIZED_LAW,
         xent_jax.sigmoid_binary_cross_entropy: SIGMOID_LAW,
         xent_jax.nll_loss: NLL_LAW,

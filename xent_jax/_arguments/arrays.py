@@ -280,7 +280,8 @@ def read_sparse_targets(
         inside |= ~keep.rows
     undefined = jnp.any(~inside & (numbers != 0), axis=layout.axis, keepdims=True)
     numbers = jnp.where(inside, numbers, 0)
-    constant = jnp.where(inside, jax.lax.stop_gradient(numbers), -jnp.inf)
+    lowest = jnp.finfo(numbers.dtype).min
+    constant = jnp.where(inside, jax.lax.stop_gradient(numbers), lowest)
     most = constant == jnp.max(constant, axis=layout.axis, keepdims=True)
     own = jnp.max(jnp.where(most, ids, 0), axis=layout.axis, keepdims=True)
     own = jnp.where(undefined, -1, own)

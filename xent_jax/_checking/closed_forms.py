@@ -52,6 +52,7 @@ def _rows(
     where: ArrayLike | None = None,
     label_smoothing: float = 0.0,
     class_weights: ArrayLike | None = None,
+    probs: ArrayLike | None = None,
 ) -> _Rows:
     x = np.moveaxis(np.asarray(logits).astype(np.float64), axis, -1)
     y = np.asarray(labels)
@@ -62,7 +63,9 @@ def _rows(
         keep_row = np.asarray(keep_class.any(-1))[..., None]
     elif where is not None:
         keep_row = np.asarray(where, bool)[..., None]
-    if y.ndim < x.ndim:
+    if probs is not None:
+        targets = np.where(keep_class, _dense(y, probs, keep_row, x.shape[-1]), 0)
+    elif y.ndim < x.ndim:
         # The mass of a class id counts on a dropped class too: its loss is +inf.
         ids = np.where(keep_row, y[..., None], 0)
         targets = (np.arange(x.shape[-1]) == ids).astype(np.float64)
@@ -77,6 +80,15 @@ def _rows(
         targets = targets * np.asarray(class_weights).astype(np.float64)
     x = np.where(keep_row, np.where(keep_class, x, -np.inf), 0)
     return _Rows(x, targets, keep_class, keep_row)
+
+
+def _dense(ids: Array, probs: ArrayLike, keep_row: Array, classes: int) -> Array:
+    """Returns dense targets from K ids a row, NaN where one with mass is no class."""
+    ids, mass = np.where(keep_row, ids, 0), np.where(keep_row, probs, 0)
+    hit = ids[..., None] == np.arange(classes)
+    targets = (hit * mass[..., None].astype(np.float64)).sum(-2)
+    outside = ((ids < 0) | (ids >= classes)) & (mass != 0)
+    return np.where(outside.any(-1, keepdims=True), np.nan, targets)
 
 
 class _Softmax(NamedTuple):
@@ -147,6 +159,75 @@ def _softmax_terms(
 def _linearized_value(logits: ArrayLike, labels: ArrayLike, axis: int = -1) -> Array:
     mean, target = _softmax_terms(logits, labels, axis)
     return ((mean - target) * np.asarray(logits).astype(np.float64)).sum(axis)
+
+
+def _pair(
+    logits: ArrayLike,
+    teacher: ArrayLike,
+    axis: int,
+    where: ArrayLike | None,
+    temperature: float,
+    direction: str,
+) -> tuple[_Rows, Array, Array, Array]:
+    """Returns the student's rows, its probabilities, and log p − log q of both."""
+    none = np.zeros(np.shape(logits))  # of targets: only the rows are wanted
+    student, other = (
+        _rows(np.asarray(one).astype(np.float64) / temperature, none, axis, where)
+        for one in (logits, teacher)
+    )
+    own, reference = _softmax(student.logits), _softmax(other.logits)
+    with np.errstate(invalid="ignore"):
+        change = reference.surprise - own.surprise
+    first = own if direction == "reverse" else reference
+    change = np.where(first.probability == 0, 0, change)
+    return student, own.probability, reference.probability, change
+
+
+def _divergence_value(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    *,
+    direction: str = "forward",
+    temperature: float = 1.0,
+) -> Array:
+    rows, p, q, change = _pair(logits, labels, axis, where, temperature, direction)
+    if direction == "reverse":
+        terms = np.where(p == 0, q, p * (np.expm1(-change) + change))
+    else:
+        terms = np.where(q == 0, p, q * (np.expm1(change) - change))
+    return np.where(rows.keep_row[..., 0], terms.sum(-1), 0)
+
+
+def _divergence_terms(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    *,
+    direction: str = "forward",
+    temperature: float = 1.0,
+) -> tuple[Array, Array]:
+    rows, p, q, change = _pair(logits, labels, axis, where, temperature, direction)
+    mean, target = p, q
+    if direction == "reverse":
+        mean, target = p * change, p * (p * change).sum(-1, keepdims=True)
+    keep = rows.keep_class & rows.keep_row
+    mean, target = (np.where(keep, term, 0) / temperature for term in (mean, target))
+    return np.moveaxis(mean, -1, axis), np.moveaxis(target, -1, axis)
+
+
+def _entropy_value(logits: ArrayLike, labels: ArrayLike) -> Array:
+    softmax = _softmax(np.asarray(logits).astype(np.float64))
+    del labels
+    return (softmax.probability * softmax.surprise).sum(-1)
+
+
+def _entropy_terms(logits: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
+    softmax = _softmax(np.asarray(logits).astype(np.float64))
+    entropy = _entropy_value(logits, labels)[..., None]
+    return softmax.probability * softmax.surprise, softmax.probability * entropy
 
 
 def _binary_targets(labels: ArrayLike, label_smoothing: float) -> Array:
@@ -275,7 +356,16 @@ def _law(
 
 
 SOFTMAX_LAW = _law(_softmax_value, _softmax_terms)
-"""`(Σt)·softmax(x) − t`, for class ids and dense targets, with every option."""
+"""`(Σt)·softmax(x) − t`, for class ids, dense and sparse targets, with every option.
+
+Sparse targets are class ids with `probs=`.
+"""
+
+DIVERGENCE_LAW = _law(_divergence_value, _divergence_terms)
+"""`(p − q) / temperature`, reverse `p·(log p − log q − loss) / temperature`."""
+
+ENTROPY_LAW = _law(_entropy_value, _entropy_terms)
+"""`p·(−log p − H)`, of the entropy H of the softmax."""
 
 SIGMOID_LAW = _law(_sigmoid_value, _sigmoid_terms, elementwise=True)
 """`(1 − t)·σ(x) − pos_weight·t·σ(−x)`, elementwise."""

@@ -147,7 +147,7 @@ def _block(
         fresh = ids >= lowest
         mask = fresh if mask is None else mask & fresh
         if isinstance(target, Labels):
-            target = jax.tree.map(lambda ids: jnp.where(ids >= lowest, ids, -1), target)
+            target = target.counted_from(lowest)
     block = Block(logits, ids, mask, rows.keep, part.class_weights)
     return _Made(block, target, start, part, linear)
 

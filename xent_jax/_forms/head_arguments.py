@@ -166,7 +166,9 @@ def _weighted(rows: Rows, weights: jax.Array) -> tuple[Rows, jax.Array]:
     else:
         defined = _are_moderate(rows.hidden) & _are_moderate(rows.target.hidden)
     counted = counted | defined
-    target = jax.tree.map(lambda one: jnp.where(counted, one, 0), rows.target)
+    target = jax.tree.map(
+        lambda one: jnp.where(counted, one, jnp.zeros_like(one)), rows.target
+    )
     keep = counted if rows.keep is None else rows.keep & counted
     return rows._replace(target=target, keep=keep), weights
 
@@ -197,7 +199,7 @@ def _read_labels(
         layout, names, labels, label_probs, keep, dtype
     )
     count = ids.shape[-1]
-    target = Labels(own.reshape(-1, 1), ids.reshape(-1, count))
+    target = Labels.of(own.reshape(-1, 1), ids.reshape(-1, count))
     return target, probs.reshape(-1, count)
 
 

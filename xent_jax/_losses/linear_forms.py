@@ -210,7 +210,7 @@ def _label_weights(head: Head) -> jax.Array | None:
     """
     labels = head.rows.target
     if labels.others is not None:
-        return _other_weights(head, jnp.maximum(labels.others, 0))
+        return _other_weights(head, jnp.maximum(labels.others.ids, 0))
     weights, ids = head.layer.class_weights, jnp.maximum(labels.own, 0)
     if weights is None:
         return head.weights

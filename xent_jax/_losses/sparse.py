@@ -116,7 +116,7 @@ def softmax_cross_entropy_with_sparse_targets(
     kind = ClassIds(layout.class_axis, uniform=smoothing is not None)
     block = block_of(array, layout.class_axis, keep.classes, keep.rows)
     block = block._replace(class_weights=weights)
-    labels = Labels(target.own, target.ids)
+    labels = Labels.of(target.own, target.ids)
     results = row_results(Given(kind), block, labels)
     others, uniform = _weighted(layout.class_axis, block, target), None
     if smoothing is not None:

@@ -139,10 +139,9 @@ class ClassIds(NamedTuple):
         row = label_row.statistics(sums.best_rival, sums.rivals, label_logit)
         others = uniform = total = entropy = prediction = None
         if labels.others is not None and sums.other_logits is not None:
-            same = labels.others == labels.own
             others = _other_losses(sums.other_logits, label_logit, row)
-            others = jnp.where(same, row.loss, others)
-            others = jnp.where(labels.others >= 0, others, 0)
+            others = jnp.where(labels.others.same, row.loss, others)
+            others = jnp.where(labels.others.known, others, 0)
         if sums.uniform is not None:
             uniform = _uniform_loss(sums.uniform, row)
             total = sums.uniform.rivals + sums.uniform.label
@@ -179,8 +178,8 @@ class ClassIds(NamedTuple):
         loss, log_normalizer, others = factors[:3]
         if others is not None and labels.others is not None:
             # Where the label is among the others, its loss has the digits.
-            same, found = labels.others == labels.own, labels.others >= 0
-            others = jnp.where(found, others, 0)
+            _, same, known = labels.others
+            others = jnp.where(known, others, 0)
             loss = loss + self._total(jnp.where(same, others, 0))
             others = jnp.where(same, 0, others)
             rest = self._total(others)
@@ -193,7 +192,7 @@ class ClassIds(NamedTuple):
         slope = functools.reduce(jnp.add, parts)
         if others is None or labels.others is None:
             return slope
-        axis, ids = self.classes.axis, labels.others
+        axis, ids = self.classes.axis, labels.others.ids
         pick = functools.partial(picked, axis, block.class_ids, ids=ids)
         _, spread = jax.vjp(lambda values: pick(values=values), slope)
         return slope - zero_where_dropped(spread(others)[0], block)
@@ -242,12 +241,10 @@ class ClassIds(NamedTuple):
             )
             dots = dots._replace(**changes._asdict())
             if labels.others is not None:
-                other = picked(
-                    self.classes.axis, block.class_ids, direction, labels.others
-                )
-                same, found = labels.others == labels.own, labels.others >= 0
+                ids, same, known = labels.others
+                other = picked(self.classes.axis, block.class_ids, direction, ids)
                 other = jnp.where(same, dots.loss, dots.log_normalizer - other)
-                dots = dots._replace(others=jnp.where(found, other, 0))
+                dots = dots._replace(others=jnp.where(known, other, 0))
         if weights_dot is None:
             return dots
         if dots.uniform is not None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from xent_jax._reductions.axis import ClassAxis
-from xent_jax._reductions.classes import SUM, max_classes, reduce_classes
+from xent_jax._reductions.classes import max_classes, sum_classes
 from xent_jax._reductions.precision import log1p, nan_where
 from xent_jax._targets.block import (
     Block,
@@ -75,18 +75,12 @@ class DenseTargets(NamedTuple):
         """Returns the sums over one block of classes."""
         axis = self.classes.axis
         targets = zero_where_dropped(targets, block)
-        largest = max_classes(values_of, (block,), axis, reused=self.differentiated)
+        largest = max_classes(values_of, (block,), axis)
 
         # Classes that are all impossible are far below, and none of them is a largest.
         pivot = jnp.where(largest == -jnp.inf, 0, largest)
         terms = functools.partial(_terms, self.differentiated)
-        sums = reduce_classes(
-            SUM._replace(reused=self.differentiated),
-            terms,
-            (block, targets, pivot),
-            axis,
-        )
-        return Sums(largest, *sums)
+        return Sums(largest, *sum_classes(terms, (block, targets, pivot), axis))
 
     def over_shards(self, sums: Sums) -> Sums:
         """Returns the sums over all shards' classes from those of each."""

@@ -18,6 +18,14 @@ from xent_jax._targets.label_row import pivot_of
 _MOST_MASKS = 32
 
 
+class Others(NamedTuple):
+    """Labels beside the one that is left out, K a row along the class axis."""
+
+    ids: jax.Array  # int32
+    same: jax.Array  # bool, which of them is that label
+    known: jax.Array  # bool, which of them is a class
+
+
 class Labels(NamedTuple):
     """Class ids of rows: int32, which count over all blocks and shards.
 
@@ -25,7 +33,20 @@ class Labels(NamedTuple):
     """
 
     own: jax.Array  # of size 1 along the class axis: the label that is left out
-    others: jax.Array | None = None  # K along the class axis; may have the label too
+    others: Others | None = None
+
+    @classmethod
+    def of(cls, own: jax.Array, others: jax.Array) -> "Labels":
+        """Returns a label and others beside it."""
+        return cls(own, Others(others, others == own, others >= 0))
+
+    def counted_from(self, lowest: jax.Array | int) -> "Labels":
+        """Returns the labels, of which a lower one is not counted in a block."""
+        own, others = jnp.where(self.own >= lowest, self.own, -1), self.others
+        if others is not None:
+            ids = jnp.where(others.ids >= lowest, others.ids, -1)
+            others = others._replace(ids=ids)
+        return Labels(own, others)
 
 
 class UniformSums(NamedTuple):
@@ -70,7 +91,7 @@ def sums_of(wanted: Wanted, axis: int, block: Block, target: Labels) -> Sums:
     """Returns the sums over one block of classes."""
     labels, others = target
     operands = block, labels
-    best_rival = max_classes(_rival, operands, axis, reused=wanted.reused)
+    best_rival = max_classes(_rival, operands, axis)
     pivot = pivot_of(best_rival)
     label_weight = None
     if wanted.label_weight and block.class_weights is not None:
@@ -81,7 +102,7 @@ def sums_of(wanted: Wanted, axis: int, block: Block, target: Labels) -> Sums:
         best_rival,
         reduce_classes(split_sum, _power, operands, axis),
         logits_at(axis, block, labels),
-        None if others is None else logits_at(axis, block, others),
+        None if others is None else logits_at(axis, block, others.ids),
         _uniform_sums(axis, block, labels, pivot) if wanted.uniform else None,
         label_weight,
         reduce_classes(SUM, _distance, operands, axis) if wanted.entropy else None,

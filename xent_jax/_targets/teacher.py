@@ -30,6 +30,7 @@ from xent_jax._targets.block import (
 # Distances for which the series is taken. Beyond, the largest of the terms of
 # exp(d) − 1 − d is five times the result.
 _NEAR = 0.5
+_MOST_POWER = 60.0
 
 
 class Pivot(NamedTuple):
@@ -325,7 +326,10 @@ def _terms(
     student, teacher, change = _differences(pair, pivot)
     change = change + pivot.offset
     q = jnp.exp(teacher - largest[1])
-    p = jnp.exp(student + (pivot.offset - largest[1]))
+    # With all classes at hand it is at most 1. With a pivot that is far off it might
+    # overflow, and one NaN would make all of the sums NaN.
+    power = student + (pivot.offset - largest[1])
+    p = jnp.exp(power if whole else jnp.minimum(power, _MOST_POWER))
     first, second, ahead = (p, q, -change) if reverse else (q, p, change)
     near = jnp.abs(change) < _NEAR
     small = jnp.where(near, ahead, 0)
