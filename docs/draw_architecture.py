@@ -99,7 +99,7 @@ def read_imports() -> Imports:
             for module, found in uses.items()
             if folder_of[module] == folder
         }
-        modules[folder] = [name.split(".")[-1] for name in _users_first(inside)]
+        modules[folder] = [name.split(".", 1)[-1] for name in _users_first(inside)]
     return Imports(modules, dict(sorted(arrows.items())))
 
 

@@ -5,21 +5,24 @@ From the root of a checkout, with the extras `test` and `aot`:
     PYTHONPATH=tests JAX_PLATFORMS=cpu python docs/measure_programs.py
 
 Memory is what the compiler says that a program needs beside its arguments and results;
-traffic is counted in the compiled program by `tests/aot/hlo.py`. Nothing is run and
-nothing is timed. The bounds that these numbers must keep are tests in `tests/aot`.
+traffic is counted in the compiled program by `tests/aot/hlo.py`. Times are predicted
+by `tests/aot/predict.py`. Nothing is run and nothing is timed. The bounds that these
+numbers must keep are tests in `tests/aot`.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from aot import compilers, contracts, linear
+from aot import compilers, contracts, linear, predict
 from aot.cases import CASES, LogitsCase
 from aot.linear import LLAMA, LinearCase, Sizes, linear_case
 
@@ -28,6 +31,13 @@ H100 = "H100"
 CHIPS = (*compilers.TPU_TOPOLOGIES, H100)
 # Powers of two, and the vocabularies of GPT-2, Llama 3 and Gemma.
 VOCABULARIES = (32768, 50257, 65536, 128256, 256000)
+# Chip, model and dtype of the kernel.
+PREDICTED = (
+    *((chip, "Llama 3.2", "bfloat16") for chip in predict.CHIPS),
+    ("v6e", "Gemma 2", "bfloat16"),
+    ("v6e", "Qwen 3", "bfloat16"),
+    ("v6e", "Llama 3.2", "float32"),
+)
 PACKAGES = {"tpu": "libtpu", H100: "jax-cuda13-plugin"}
 
 
@@ -71,6 +81,17 @@ def compile_for(chip: str, function: Callable[..., Any], arguments: tuple) -> di
     }
 
 
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Turns the kernels for TPUs off: of all chips the same form is compared."""
+    os.environ["XENT_JAX_TPU_KERNELS"] = "0"
+    try:
+        yield
+    finally:
+        del os.environ["XENT_JAX_TPU_KERNELS"]
+
+
+@without_kernels()
 def head(chip: str, form: str, sizes: Sizes) -> dict:
     """Returns the cost of value and gradients of a head in bfloat16."""
     case = HEADS[form]
@@ -85,6 +106,21 @@ def loss(chip: str, case: LogitsCase) -> dict:
     cost = compile_for(chip, case.value_and_grad, arguments)
     passes = cost["traffic_bytes"] / contracts.logits_bytes(jnp.bfloat16)
     return {"chip": chip, "case": case.name, "passes": round(passes, 3)} | cost
+
+
+def prediction(chip: str, model: str, kernel: str, form: str) -> dict:
+    """Returns how long a head takes, predicted."""
+    predicted = predict.predict(chip, form, model, kernel)
+    return {
+        "chip": chip,
+        "model": model,
+        **dataclasses.asdict(predict.SIZES[model]),
+        "kernel": kernel,
+        "form": form,
+        "bare_seconds": predicted.bare_seconds,
+        "ratio": round(predicted.ratio, 4),
+        "temp_bytes": predicted.temp_bytes,
+    }
 
 
 def log(entry: dict) -> dict:
@@ -103,6 +139,9 @@ def main() -> None:
     ]
     heads = [log(head(chip, form, LLAMA)) for chip in CHIPS for form in HEADS]
     losses = [log(loss(chip, case)) for case in (OPTAX_CASE, *CASES) for chip in chips]
+    predictions = [
+        log(prediction(*case, form)) for case in PREDICTED for form in predict.FORMS
+    ]
     versions = {
         name: importlib.metadata.version(name)
         for name in ("jax", "optax", *PACKAGES.values())
@@ -113,6 +152,7 @@ def main() -> None:
         "losses": losses,
         "heads": heads,
         "vocabularies": vocabularies,
+        "predictions": predictions,
     }
     DATA.parent.mkdir(exist_ok=True)
     DATA.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -258,6 +258,32 @@ def vocabulary_table() -> str:
     return table(["vocabulary", *FORMS.values()], rows)
 
 
+def prediction_table() -> str:
+    """The predicted time of a head in multiples of its matmuls'."""
+    found = {}
+    for entry in PROGRAMS["predictions"]:
+        key = entry["chip"], entry["model"], entry["kernel"]
+        found.setdefault(key, {})[entry["form"]] = entry
+    rows = []
+    for (chip, model, kernel), forms in found.items():
+        mean, dense = forms["mean"], forms["dense"]
+        sizes = f"{mean['rows']} × {mean['features']} × {mean['classes']}"
+        rows.append(
+            [
+                CHIPS[chip],
+                f"{model}, {sizes}" + (f", {kernel} kernel" * (kernel != "bfloat16")),
+                f"{1e3 * mean['bare_seconds']:.1f}",
+                f"{dense['ratio']:.2f}",
+                f"{mean['ratio']:.2f}",
+                mebibytes(dense["temp_bytes"]),
+                mebibytes(mean["temp_bytes"]),
+            ]
+        )
+    mean = FORMS["mean"]
+    times = "three matmuls, ms", "logits, optax", mean
+    return table(["chip", "head", *times, "logits, MiB", f"{mean}, MiB"], rows)
+
+
 def loss_table(names: Sequence[str]) -> str:
     """Passes over the logits and memory of losses of logits."""
     found = {(entry["chip"], entry["case"]): entry for entry in PROGRAMS["losses"]}
@@ -424,6 +450,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "folders": folders_table,
     "head-table": head_table,
     "vocabulary-table": vocabulary_table,
+    "prediction-table": prediction_table,
     "loss-table": lambda: loss_table(tuple(LOSSES)),
     "porting-setup": porting_setup,
     "where-it-matters": where_it_matters,

@@ -336,8 +336,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wrong = sum(not result.ok for result in results)
     count = sum(len(result.errors) for result in results)
     console.print(
-        f"{count} checks of values, gradients and forward mode, of every public function "
-        "in three dtypes, against float64 on the host: "
+        f"{count} checks of values, gradients and forward mode, of every public "
+        "function in three dtypes, against float64 on the host: "
         + (f"{wrong} lines out of bounds." if wrong else "all within their bounds.")
     )
     return 1 if wrong else 0

@@ -24,7 +24,7 @@ from jax.experimental import topologies
 
 from aot import hlo
 
-# The smallest topology of each generation: one chip.
+# The smallest topology of each generation that a TPU user is likely to have: one chip.
 TPU_TOPOLOGIES = {
     "v5e": "v5e:1x1",
     "v6e": "v6e:1x1",
@@ -86,7 +86,7 @@ def compile_for_tpu(
     """Compiles a function for one TPU chip.
 
     Args:
-      chip: a key of `TPU_TOPOLOGIES`.
+      chip: a key of `TPU_TOPOLOGIES`, or another whose topologies have three axes.
       function: what to compile.
       *arguments: shapes and dtypes of its arguments, pytrees included.
     """
@@ -149,7 +149,9 @@ def _tpu_device(chip: str) -> jax.Device:
     # Up to libtpu 0.0.48 a host has 2x2x1 chips by default, and a topology smaller
     # than a host is refused.
     return _tpu_devices(
-        TPU_TOPOLOGIES[chip], chips_per_host_bounds=(1, 1, 1), num_slices=1
+        TPU_TOPOLOGIES.get(chip, f"{chip}:1x1x1"),
+        chips_per_host_bounds=(1, 1, 1),
+        num_slices=1,
     )[0]
 
 
@@ -207,7 +209,10 @@ def _compile(device: jax.Device, function: Callable, arguments: tuple) -> Compil
     placed = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
     )
-    return _shown(jax.jit(function).lower(*placed).compile(), device.device_kind)
+    # As where the program will run: a lowering asks the default device for the chip.
+    with jax.default_device(device):
+        lowered = jax.jit(function).lower(*placed)
+    return _shown(lowered.compile(), device.device_kind)
 
 
 def _shown(compiled: jax.stages.Compiled, target: str) -> Compiled:

@@ -1,4 +1,7 @@
-"""The fused linear head compiled for TPUs: memory, traffic and matrix products."""
+"""The fused linear head compiled for TPUs: memory, traffic and matrix products.
+
+Without kernels of its own, which `test_tpu_kernels.py` is about.
+"""
 
 import jax
 import pytest
@@ -16,6 +19,12 @@ if not compilers.has_tpu_compiler():
 pytestmark = [pytest.mark.once, pytest.mark.exhaustive]
 
 FORMS = pytest.mark.parametrize("reduction", ["mean", None])
+
+
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch):
+    monkeypatch.setenv("XENT_JAX_TPU_KERNELS", "0")
+
 
 # At the sizes of `LLAMA`. A scalar loss takes blocks of 1024 rows; a loss per row has
 # blocks of 32 MiB, and keeps them on the chip.

@@ -8,37 +8,33 @@ same rule; a higher derivative differentiates that scan, whose body is checkpoin
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from xent_jax._forms.head import Layer, Rows, kept_hidden, logits_of, product, target_of
 from xent_jax._forms.loops import loop, varying, zeros
+from xent_jax._forms.row_gradients import (
+    Gradients,
+    RowBlocks,
+    Small,
+    Wanted,
+    alike,
+    no_rows,
+    only,
+    total_and_factors,
+    total_of,
+)
 from xent_jax._forms.rows import Given, row_results
 from xent_jax._forms.splitting import RowBlock, joined, split, unless_idle
+from xent_jax._forms.tpu import choice
 from xent_jax._reductions.axis import psum
+from xent_jax._reductions.lowering import Place, by_place
 from xent_jax._reductions.precision import accumulation_dtype
 from xent_jax._reductions.tangents import known_tangents, tangent_of
 from xent_jax._targets.block import Block, class_ids, values_of, zero_where_dropped
-from xent_jax._targets.class_ids import Coefficients, Results, combined
-
-
-class RowBlocks(NamedTuple):
-    """The form; static."""
-
-    kind: Any
-    size: int  # rows a block
-    skip: bool  # whether blocks without a kept row are to be left out
-    statistics: bool = False  # whether the results of the rows are wanted too
-
-
-class _Small(NamedTuple):
-    """The layer's differentiable parts that are not the kernel."""
-
-    bias: jax.Array | None
-    softcap: jax.Array | None
-    class_weights: jax.Array | None
+from xent_jax._targets.class_ids import Coefficients
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -72,13 +68,13 @@ def _value(
         given = _logits_block(first, logits, layer, block.rows)
         target = target_of(block.rows, layer)
         results = row_results(Given(form.kind), given, target)
-        total = total + _total(results, block.coefficients)
+        total = total + total_of(results, block.coefficients)
         return total, _statistics(form, results)
 
     blocks = split(rows, coefficients, form.size, form.skip)
     # A sum over the classes does not differ over their shards.
     start = varying(
-        _start(rows, coefficients),
+        no_rows(rows, coefficients),
         (rows, layer, coefficients),
         form.kind.classes.names,
     )
@@ -88,16 +84,6 @@ def _value(
 
 def _step_of(form: RowBlocks, step: Any) -> Any:
     return unless_idle(step) if form.skip else step
-
-
-def _start(rows: Rows, coefficients: Coefficients) -> jax.Array:
-    """Returns the sum over no rows, which varies over a mesh as their terms do."""
-    dtype = accumulation_dtype(rows.hidden.dtype)
-    return zeros((), dtype, (rows.target, rows.keep, coefficients))
-
-
-def _total(results: Results, coefficients: Coefficients) -> jax.Array:
-    return jnp.sum(combined(results, coefficients))
 
 
 def _logits_block(
@@ -132,30 +118,6 @@ def _of_rows(form: RowBlocks, rows: Rows, statistics: Any) -> Any:
     return results._replace(prediction=prediction)
 
 
-def _small(layer: Layer) -> _Small:
-    return _Small(layer.bias, layer.softcap, layer.class_weights)
-
-
-class _Wanted(NamedTuple):
-    """Which gradients are wanted; static."""
-
-    hidden: bool
-    temperature: bool
-    kernel: bool
-    small: tuple[bool, ...]
-    coefficients: tuple[bool, ...]
-
-
-class _Gradients(NamedTuple):
-    """The derivatives of the sum, in the accumulation dtype; `None` if not wanted."""
-
-    hidden: jax.Array | None
-    temperature: jax.Array | None
-    kernel: jax.Array | None
-    small: _Small
-    coefficients: Coefficients
-
-
 @functools.partial(linear_loss_sum.defjvp, symbolic_zeros=True)
 def _linear_loss_sum_jvp(
     form: RowBlocks, primals: tuple[Any, ...], tangents: tuple[Any, ...]
@@ -164,14 +126,14 @@ def _linear_loss_sum_jvp(
     hidden_dot = rows_dot.hidden
     if hidden_dot is not None:
         hidden_dot = kept_hidden(primals[0]._replace(hidden=hidden_dot))
-    dots = _Gradients(
+    dots = Gradients(
         hidden_dot,
         rows_dot.temperature,
         layer_dot.kernel,
-        _small(layer_dot),
+        Small.of(layer_dot),
         coefficients_dot,
     )
-    wanted = _Wanted(
+    wanted = Wanted(
         dots.hidden is not None,
         dots.temperature is not None,
         dots.kernel is not None,
@@ -200,19 +162,39 @@ def _inner(gradients: Any, dots: Any) -> jax.Array | None:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _value_and_gradients(
     form: RowBlocks,
-    wanted: _Wanted,
+    wanted: Wanted,
     rows: Rows,
     layer: Layer,
     coefficients: Coefficients,
-) -> tuple[jax.Array, Any, _Gradients]:
+) -> tuple[jax.Array, Any, Gradients]:
     """Returns the sum, statistics and gradients, from one loop over the blocks."""
+    if choice.are_for(form, wanted, rows, layer):
+        return _by_place(form, wanted, rows, layer, coefficients)
     return _scan(loop, form, wanted, rows, layer, coefficients)
+
+
+# Compiled as one, because only what is lowered knows its place.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _by_place(
+    form: RowBlocks,
+    wanted: Wanted,
+    rows: Rows,
+    layer: Layer,
+    coefficients: Coefficients,
+) -> tuple[jax.Array, Any, Gradients]:
+    shapes = jax.eval_shape(lambda: (rows, layer))
+
+    def kernels_at(place: Place) -> Any:
+        return choice.kernels_at(place, form, wanted, *shapes)
+
+    scan = functools.partial(_scan, loop, form, wanted)
+    return by_place(scan, kernels_at, maps=False)(rows, layer, coefficients)
 
 
 @functools.partial(_value_and_gradients.defjvp, symbolic_zeros=True)
 def _value_and_gradients_jvp(
     form: RowBlocks,
-    wanted: _Wanted,
+    wanted: Wanted,
     primals: tuple[Any, ...],
     tangents: tuple[Any, ...],
 ) -> tuple[Any, Any]:
@@ -224,25 +206,12 @@ def _value_and_gradients_jvp(
 def _scan(
     scan: Any,
     form: RowBlocks,
-    wanted: _Wanted,
+    wanted: Wanted,
     rows: Rows,
     layer: Layer,
     coefficients: Coefficients,
-) -> tuple[jax.Array, Any, _Gradients]:
-    # A gradient by what is the same on all devices of a `shard_map` would be summed
-    # over them here, and once more by the derivative of this function's result.
-    arguments = rows, layer, coefficients
-    hidden = varying(rows.hidden, arguments)
-    layer = jax.tree.map(lambda array: varying(array, arguments), layer)
-    rows, coefficients = jax.tree.map(
-        lambda array: varying(array, arguments, form.kind.classes.names),
-        (rows, coefficients),
-    )
-    # Rows may be typed as if they differed over the classes.
-    coefficients = jax.tree.map(
-        lambda array: varying(array, (rows.target, rows.keep)), coefficients
-    )
-    rows = rows._replace(hidden=hidden)
+) -> tuple[jax.Array, Any, Gradients]:
+    rows, layer, coefficients = alike(form, rows, layer, coefficients)
     dtype = accumulation_dtype(rows.hidden.dtype)
     kernel = layer.kernel.astype(rows.hidden.dtype)
     first = form.kind.classes.first(kernel.shape[1])
@@ -266,11 +235,11 @@ def _scan(
             kernel_bar = kernel_bar + product(block.transposed, linear_bar)
         elif wanted.kernel:
             kernel_bar = kernel_bar + product(hidden, linear_bar, (0, 0))
-        small_bar = jax.tree.map(jnp.add, small_bar, _only(wanted.small, small))
+        small_bar = jax.tree.map(jnp.add, small_bar, only(wanted.small, small))
         rows_bar = (
             hidden_bar,
             temperature_bar if wanted.temperature else None,
-            _only(wanted.coefficients, coefficients_bar),
+            only(wanted.coefficients, coefficients_bar),
         )
         of_rows = rows_bar, _statistics(form, results)
         return (total + loss, kernel_bar, small_bar), of_rows
@@ -286,9 +255,9 @@ def _scan(
     (total, kernel_bar, small_bar), (rows_bar, statistics) = scan(
         jax.checkpoint(_step_of(form, step), prevent_cse=False),
         (
-            _start(rows, coefficients),
+            no_rows(rows, coefficients),
             start(layer.kernel) if wanted.kernel else None,
-            jax.tree.map(start, _only(wanted.small, _small(layer))),
+            jax.tree.map(start, only(wanted.small, Small.of(layer))),
         ),
         blocks,
     )
@@ -296,7 +265,7 @@ def _scan(
     hidden_bar, temperature_bar, coefficients_bar = jax.tree.map(
         lambda array: joined(array, form.skip)[:count], rows_bar
     )
-    gradients = _Gradients(
+    gradients = Gradients(
         hidden_bar, temperature_bar, kernel_bar, small_bar, coefficients_bar
     )
     return total, _of_rows(form, rows, statistics), gradients
@@ -309,7 +278,7 @@ def _block_gradients(
     rows: Rows,
     linear: jax.Array,
     coefficients: Coefficients,
-) -> tuple[jax.Array, Any, jax.Array, jax.Array | None, _Small, Coefficients]:
+) -> tuple[jax.Array, Any, jax.Array, jax.Array | None, Small, Coefficients]:
     """Returns the loss of a block, its results, and its gradients by all but features.
 
     Those by the logits and by the layer are what the classes here add: no collective is
@@ -321,26 +290,15 @@ def _block_gradients(
     block = _logits_block(first, logits, layer, rows)
     target = target_of(rows, layer)
     results = row_results(Given(form.kind).differentiated(), block, target)
-    # Of what a loss is composed of: numbers, and not the statistics behind them.
-    outer = results._replace(statistics=None, prediction=None, total_weight=None)
-    loss, pull_loss = jax.vjp(_total, outer, coefficients)
-    outer_bar, coefficients_bar = pull_loss(jnp.ones_like(loss))
-    if coefficients.square is None:
-        outer_bar = outer_bar._replace(log_normalizer=None)
-    slope = form.kind.slope(block, target, results, outer_bar)
+    loss, factors, coefficients_bar = total_and_factors(results, coefficients)
+    slope = form.kind.slope(block, target, results, factors)
     linear_bar, bias_bar, softcap_bar, temperature_bar = pull_logits(slope)
     weights_bar = None
     if layer.class_weights is not None and results.uniform is not None:
         surprise = results.log_normalizer - values_of(block)
-        weights_bar = outer_bar.uniform * zero_where_dropped(surprise, block)
+        weights_bar = factors.uniform * zero_where_dropped(surprise, block)
         weights_bar = jnp.sum(weights_bar, axis=0, keepdims=True)
     elif layer.class_weights is not None:
         weights_bar = zeros(layer.class_weights.shape, loss.dtype, layer.class_weights)
-    small = _Small(bias_bar, softcap_bar, weights_bar)
+    small = Small(bias_bar, softcap_bar, weights_bar)
     return loss, results, linear_bar, temperature_bar, small, coefficients_bar
-
-
-def _only(wanted: tuple[bool, ...], values: Any) -> Any:
-    """Returns a named tuple, with `None` for what is not wanted."""
-    pairs = zip(wanted, values, strict=True)
-    return type(values)(*(value if want else None for want, value in pairs))

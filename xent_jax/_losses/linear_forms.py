@@ -11,7 +11,8 @@ from xent_jax._forms import head_arguments
 from xent_jax._forms.class_blocks import ClassBlocks
 from xent_jax._forms.head import class_total
 from xent_jax._forms.head_arguments import Head
-from xent_jax._forms.row_blocks import RowBlocks, linear_loss_sum
+from xent_jax._forms.row_blocks import linear_loss_sum
+from xent_jax._forms.row_gradients import RowBlocks
 from xent_jax._forms.rows import row_results
 from xent_jax._forms.sizes import classes_per_block, rows_per_block
 from xent_jax._losses.statistics import SoftmaxStatistics
@@ -67,13 +68,21 @@ def linear_loss(
     )
     if coefficients.loss is None and coefficients.others is None:
         coefficients = coefficients._replace(loss=ones)
-    total, results = linear_loss_sum(form, head.rows, head.layer, coefficients)
     mass = None
     if reduction == "mean":
         # Of targets that are several ids, the weights of the rows alone.
         factor = label_weights if head.label_probs is None else head.weights
         mass = ones if factor is None else factor * ones
-    loss = reduced(total, mass, head, batch_axis_name)
+    if mass is None or head.rows.hidden.dtype == jnp.float16:
+        # Gradients of logits that are divided would underflow in float16.
+        total, results = linear_loss_sum(form, head.rows, head.layer, coefficients)
+        loss = reduced(total, mass, head, batch_axis_name)
+    else:
+        mass = _kept_mass(mass, head, batch_axis_name)
+        # A division of the kernel's gradient would be a pass over it.
+        coefficients = jax.tree.map(lambda c: c / _divisor(mass), coefficients)
+        total, results = linear_loss_sum(form, head.rows, head.layer, coefficients)
+        loss = jnp.where(mass == 0, 0, psum(total, batch_axis_name))
     return (loss, _statistics(head, results)) if with_statistics else loss
 
 
@@ -84,11 +93,20 @@ def reduced(
     total = psum(total, batch_axis_name)
     if mass is None:
         return total
+    # One by one: jax 0.7.2 does not transpose a sum of two of which one is constant.
+    mass = _kept_mass(mass, head, batch_axis_name)
+    return jnp.where(mass == 0, 0, total / _divisor(mass))
+
+
+def _kept_mass(mass: jax.Array, head: Head, batch_axis_name: AxisName) -> jax.Array:
+    """Returns the sum of the mass of the kept rows over all devices."""
     if head.rows.keep is not None:
         mass = jnp.where(head.rows.keep, mass, 0)
-    # One by one: jax 0.7.2 does not transpose a sum of two of which one is constant.
-    mass = psum(jnp.sum(mass), batch_axis_name)
-    return jnp.where(mass == 0, 0, total / jnp.where(mass == 0, 1, mass))
+    return psum(jnp.sum(mass), batch_axis_name)
+
+
+def _divisor(mass: jax.Array) -> jax.Array:
+    return jnp.where(mass == 0, 1, mass)
 
 
 def _kind(head: Head, uniform: bool, with_statistics: bool) -> ClassIds:

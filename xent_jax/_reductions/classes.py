@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from xent_jax._reductions.lowering import on_one_device
+from xent_jax._reductions.lowering import CPU, Place, by_place
 
 # XLA:CPU vectorises an elementwise fusion, exponentials included, but falls back to
 # slow loops, or to a materialised copy of the operand, for a reduction of anything
@@ -56,6 +56,7 @@ class Reduction(NamedTuple):
       reduce_lanes: of arrays over an axis, which is kept, on a CPU.
       together: how many arrays that takes at once.
       neutral: what changes nothing.
+      on_tpu: what stands for `reduce` on a TPU, `None` for itself.
       reused: whether several fusions use the result: it is written to memory then, and
         not computed anew for each of them.
     """
@@ -65,6 +66,7 @@ class Reduction(NamedTuple):
     reduce_lanes: Callable[..., list[jax.Array]]
     together: int
     neutral: float
+    on_tpu: Callable[..., jax.Array] | None = None
     reused: bool = False
 
 
@@ -146,17 +148,24 @@ def reduce_classes(
       The reductions of all terms, of size 1 along `axis`.
     """
 
-    def plain(*operands: Any) -> Any:
-        reduce = functools.partial(reduction.reduce, axis=axis, keepdims=True)
+    def plain(reduce: Callable[..., jax.Array], *operands: Any) -> Any:
+        reduce = functools.partial(reduce, axis=axis, keepdims=True)
         return jax.tree.map(reduce, terms(*operands))
 
+    def at(place: Place) -> Callable[..., Any] | None:
+        if place.chip == CPU:
+            # Slices of classes that are sharded would be gathered.
+            alone = functools.partial(_reduce_in_slices, reduction, terms, axis)
+            return alone if place.whole else None
+        on_tpu = None if place.chip is None else reduction.on_tpu
+        return None if on_tpu is None else functools.partial(plain, on_tpu)
+
+    default = functools.partial(plain, reduction.reduce)
     leaves = jax.tree.leaves(operands)
     size = next((a.shape[axis] for a in leaves if a.shape[axis] != 1), 1)
     if not isinstance(size, int) or size == 1:  # a symbolic number of classes is no int
-        return plain(*operands)
-    # Slices of classes that are sharded would be gathered.
-    alone = functools.partial(_reduce_in_slices, reduction, terms, axis)
-    return on_one_device(plain, alone)(*operands)
+        return default(*operands)
+    return by_place(default, at)(*operands)
 
 
 def _slices_of_operands(leaves: Sequence[jax.Array], axis: int) -> list[_Slices]:
@@ -314,7 +323,11 @@ def _max_of_lanes(axis: int, part: jax.Array) -> list[jax.Array]:
 
 SUM = Reduction(jnp.sum, operator.add, _sums_of_lanes, 2, 0)
 MAX = Reduction(jnp.max, jnp.maximum, _max_of_lanes, 1, -math.inf)
-SPLIT_SUM = Reduction(_split_sum, operator.add, _split_sum_of_lanes, 1, 0)
+# A TPU's exponential is coarser than what the split saves, and adding up is what it is
+# slowest at.
+SPLIT_SUM = Reduction(
+    _split_sum, operator.add, _split_sum_of_lanes, 1, 0, on_tpu=jnp.sum
+)
 
 
 def sum_classes(terms: Callable[..., Any], operands: tuple[Any, ...], axis: int) -> Any:

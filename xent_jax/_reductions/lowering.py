@@ -8,11 +8,31 @@ pays for it.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from jax.extend.backend import get_default_device
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
+
+CPU, TPU = "cpu", "tpu"
+
+
+class Place(NamedTuple):
+    """What a program is lowered for.
+
+    Attributes:
+      chip: `CPU`; a TPU's `jax.Device.device_kind`, or `TPU` where that is not known,
+        as of a program that is exported; `None` for other platforms.
+      whole: whether arrays are whole: in a program for one device, and inside a
+        `jax.shard_map` over all axes of the mesh.
+    """
+
+    chip: str | None
+    whole: bool
+
+
+Choose = Callable[[Place], Callable[..., Any] | None]
 
 _choice = Primitive("one_device_choice")
 _choice.multiple_results = True
@@ -33,6 +53,26 @@ def on_one_device(
       only_cpu: whether `alone` is for a CPU only.
     """
 
+    def at(place: Place) -> Callable[..., Any] | None:
+        suits = place.whole and (place.chip == CPU or not only_cpu)
+        return alone if suits else None
+
+    return by_place(default, at)
+
+
+def by_place(
+    default: Callable[..., Any], at: Choose, *, maps: bool = True
+) -> Callable[..., Any]:
+    """Returns a function of arrays that is chosen when it is lowered.
+
+    Args:
+      default: of pytrees of arrays, to a pytree; derivatives are of it. It runs where
+        nothing is lowered, and on an axis of an Explicit mesh.
+      at: returns the same function, written in another way, for a place, or `None` for
+        `default`. It closes over no traced array.
+      maps: whether `jax.vmap` may be taken of it. If not, what is mapped is `default`.
+    """
+
     @functools.wraps(default)
     def chosen(*operands: Any) -> Any:
         leaves, structure = jax.tree.flatten(operands)
@@ -44,10 +84,12 @@ def on_one_device(
                 function(*jax.tree.unflatten(structure, leaves))
             )
 
+        def flat_at(place: Place) -> Callable[..., Any] | None:
+            found = at(place)
+            return None if found is None else flat(found)
+
         jaxpr, shape = jax.make_jaxpr(default, return_shape=True)(*operands)
-        results = _choice.bind(
-            *leaves, jaxpr=jaxpr, alone=flat(alone), only_cpu=only_cpu
-        )
+        results = _choice.bind(*leaves, jaxpr=jaxpr, at=flat_at, maps=maps)
         return jax.tree.unflatten(jax.tree.structure(shape), results)
 
     return chosen
@@ -67,31 +109,41 @@ def _are_whole(context: mlir.LoweringRuleContext) -> bool:
     return True  # jax.pmap
 
 
+def _tpu(context: mlir.LoweringRuleContext) -> str:
+    """Returns which TPU a program is lowered for, `TPU` if that is not known.
+
+    A lowering is not told. It is the default device, which Pallas, too, takes for the
+    chip that it makes a kernel for; what is exported may run on any.
+    """
+    device = get_default_device()
+    exported = context.module_context.lowering_parameters.for_export
+    return TPU if exported or device.platform != TPU else device.device_kind
+
+
 def _lower(
-    on_cpu: bool,
+    platform: str | None,
     context: mlir.LoweringRuleContext,
     *operands: Any,
     jaxpr: ClosedJaxpr,
-    alone: Callable[..., Any],
-    only_cpu: bool,
+    at: Choose,
+    maps: bool,
 ) -> Any:
-    suits = (on_cpu or not only_cpu) and _are_whole(context)
-    function = alone if suits else jaxpr_as_fun(jaxpr)
+    del maps
+    chip = _tpu(context) if platform == TPU else platform
+    found = at(Place(chip, _are_whole(context)))
+    function = jaxpr_as_fun(jaxpr) if found is None else found
     return mlir.lower_fun(function, multiple_results=True)(context, *operands)
 
 
 def _batch(
-    operands: Any,
-    axes: Any,
-    *,
-    jaxpr: ClosedJaxpr,
-    alone: Callable[..., Any],
-    only_cpu: bool,
+    operands: Any, axes: Any, *, jaxpr: ClosedJaxpr, at: Choose, maps: bool
 ) -> tuple[Any, Any]:
+    def mapped_at(place: Place) -> Callable[..., Any] | None:
+        found = at(place)
+        return None if found is None else jax.vmap(found, in_axes=tuple(axes))
+
     default = jax.vmap(jaxpr_as_fun(jaxpr), in_axes=tuple(axes))
-    batched = on_one_device(
-        default, jax.vmap(alone, in_axes=tuple(axes)), only_cpu=only_cpu
-    )
+    batched = by_place(default, mapped_at) if maps else default
     results = batched(*operands)
     return results, [0] * len(results)
 
@@ -108,8 +160,11 @@ _choice.def_impl(lambda *operands, jaxpr, **_: jaxpr_as_fun(jaxpr)(*operands))
 _choice.def_abstract_eval(lambda *_, jaxpr, **__: jaxpr.out_avals)
 batching.primitive_batchers[_choice] = _batch
 ad.primitive_jvps[_choice] = _differentiate
-mlir.register_lowering(_choice, functools.partial(_lower, False))
-mlir.register_lowering(_choice, functools.partial(_lower, True), platform="cpu")
+mlir.register_lowering(_choice, functools.partial(_lower, None))
+for _platform in (CPU, TPU):
+    mlir.register_lowering(
+        _choice, functools.partial(_lower, _platform), platform=_platform
+    )
 
 
 def one_device() -> jax.Array:

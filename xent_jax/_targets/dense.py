@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from xent_jax._reductions.axis import ClassAxis
 from xent_jax._reductions.classes import max_classes, sum_classes
-from xent_jax._reductions.precision import nan_where
+from xent_jax._reductions.precision import log1p, nan_where
 from xent_jax._targets.block import (
     Block,
     values_of,
@@ -96,7 +96,7 @@ class DenseTargets(NamedTuple):
         # Without a finite logit, or with an infinite one, the row is undefined.
         ties = nan_where(~jnp.isfinite(sums.largest), sums.ties)
         excess = sums.below + (ties - 1)
-        log_mass = jnp.log1p(excess)
+        log_mass = log1p(excess)
         # What is not differentiated has no use for it, but has the same results.
         rest = jnp.zeros_like(sums.total) if sums.rest is None else sums.rest
         loss, log_normalizer = (
@@ -159,7 +159,7 @@ class DenseTargets(NamedTuple):
             below = inner(jnp.where(values >= row.largest, 0, power), direction)
             largest = inner((values >= row.largest).astype(values.dtype), direction)
         if targets_dot is not None:
-            surprise = jnp.log1p(row.excess) + (row.largest - values)
+            surprise = log1p(row.excess) + (row.largest - values)
             loss = loss + inner(surprise, targets_dot)
             rest = inner((values < row.largest).astype(values.dtype), targets_dot)
             total = inner(jnp.ones_like(values), targets_dot)

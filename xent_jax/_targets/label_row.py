@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xent_jax._reductions.precision import two_sum
+from xent_jax._reductions.precision import log, log1p, two_sum
 
 
 class RowStatistics(NamedTuple):
@@ -55,7 +55,7 @@ def statistics(best_rival: jax.Array, rivals: jax.Array, label_logit: jax.Array)
     # rest are better.
     rare = wins & (odds < 0.1)
     log_mass = jnp.where(
-        rare, jnp.log1p(jnp.where(rare, odds, 0)), jnp.log(total) + tail / total
+        rare, log1p(jnp.where(rare, odds, 0)), log(total) + tail / total
     )
     largest = jnp.where(wins, label_logit, best_rival)
     return Row(
