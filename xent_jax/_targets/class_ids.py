@@ -194,7 +194,9 @@ class ClassIds(NamedTuple):
             return slope
         axis, ids = self.classes.axis, labels.others.ids
         pick = functools.partial(picked, axis, block.class_ids, ids=ids)
-        _, spread = jax.vjp(lambda values: pick(values=values), slope)
+        found, spread = jax.vjp(lambda values: pick(values=values), slope)
+        # They vary over a mesh as the slope does.
+        others = jnp.where(found == found, others, others)
         return slope - zero_where_dropped(spread(others)[0], block)
 
     def slopes(self, block: Block, labels: Labels, results: Results) -> Slopes:
