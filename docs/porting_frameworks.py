@@ -10,6 +10,7 @@ from porting_rows import (
     Row,
     Table,
 )
+from porting_trainers import LIGER_WEIGHTS, TRAINERS
 
 TENSORFLOW = (
     Table(
@@ -60,6 +61,24 @@ TENSORFLOW = (
                 "a confident row: 0 there, 7.664e-9 here (true: 7.664e-9)",
                 "theirs == 0 and about(ours, 7.66395e-9)",
             ),
+        ),
+    ),
+)
+
+_SAMPLED = Table(
+    "tensorflow-sampled",
+    *FROM_TENSORFLOW,
+    "…",
+    "…",
+    (
+        Row(
+            "tf.nn.sampled_softmax_loss(tf.transpose(k), tf.zeros(5), y[:, None], h, "
+            "5, 5, sampled_values=(tf.range(5, dtype=tf.int64), tf.ones((6, 1)), "
+            "tf.ones(5)))",
+            "linear_softmax_cross_entropy(h, k, y)",
+            "an estimate from a few classes that are drawn there; here the loss "
+            "itself, a block of classes at a time. With every class drawn, as in this "
+            "row, they are equal",
         ),
     ),
 )
@@ -179,6 +198,30 @@ KERAS = (
             ),
         ),
     ),
+    Table(
+        "keras-metrics",
+        *FROM_KERAS,
+        "…",
+        "…",
+        (
+            Row(
+                "keras.metrics.SparseCategoricalCrossentropy(from_logits=True)(y, x)",
+                f"{IDS}(x, y).mean()",
+            ),
+            Row(
+                "keras.metrics.MeanMetricWrapper(losses.sparse_categorical_crossentropy"
+                ", from_logits=True, ignore_class=-100)(padded, x)",
+                "weighted_mean(loss, where=keep)",
+                "as a metric it divides by all 6 rows, ignored ones too; the loss "
+                "object divides by the 4 that count, as here",
+                "about(6 * theirs, 4 * ours)",
+            ),
+            Row(
+                "keras.metrics.SparseCategoricalAccuracy()(y, x)",
+                "weighted_mean(softmax_statistics(x, y).prediction == y)",
+            ),
+        ),
+    ),
 )
 
 
@@ -276,4 +319,13 @@ HEADS = (
     ),
 )
 
-TABLES = (*TORCH, *TENSORFLOW, *KERAS, *OPTAX, *HEADS)
+TABLES = (
+    *TORCH,
+    *TENSORFLOW,
+    _SAMPLED,
+    *KERAS,
+    *OPTAX,
+    *HEADS,
+    LIGER_WEIGHTS,
+    *TRAINERS,
+)

@@ -41,6 +41,29 @@ weighted = softmax_cross_entropy_with_integer_labels(
 weights_of_labels = jnp.where(keep, w[jnp.where(keep, padded, 0)], 0)
 """
 
+# What a row's formula is made of: NumPy and float64, the arrays of `SETUP` included.
+FORMULAS = """\
+def lse(x):
+    return np.log(np.exp(x).sum(-1))
+
+
+def loss_of_targets(x, t):
+    return (t * (lse(x)[:, None] - x)).sum(-1)
+
+
+def loss_of(x, y):  # ids that are none have loss 0, as a one-hot row of zeros has
+    return loss_of_targets(x, (y[:, None] == np.arange(5)) * 1.0)
+
+
+def smoothed_loss(x, y, s):  # s is shared by the other four classes
+    t = np.where(y[:, None] == np.arange(5), 1 - s, s / 4)
+    return loss_of_targets(x, t)
+
+
+def entropy(t):
+    return -(t * np.log(t)).sum(-1)
+"""
+
 # What a row is checked by unless it says otherwise.
 EQUAL = "equal(theirs, ours)"
 
@@ -55,12 +78,15 @@ class Row(NamedTuple):
       ours: what ours is filled with.
       note: what differs, or what to know.
       check: what holds of `theirs` and `ours`, the two results, or the errors raised.
+      formula: what `theirs` computes, as an expression in the names of `FORMULAS`, for
+        a library that is not run.
     """
 
     theirs: str
     ours: str
     note: str = ""
     check: str = EQUAL
+    formula: str = ""
 
 
 class Table(NamedTuple):
@@ -68,7 +94,7 @@ class Table(NamedTuple):
 
     Attributes:
       name: of the place in `porting.md`.
-      library: the module that has to be importable.
+      library: the module that has to be importable, unless all rows have a formula.
       imports: what `theirs` is evaluated with, beside `SETUP`.
       arrays: of what the arrays are there: "torch", "tensorflow" or "jax".
       theirs: the pattern.

@@ -1,8 +1,9 @@
 """Every row of the porting guide, evaluated against the library that it is about.
 
-The rows are those of `docs/porting_rows.py` and `docs/porting_frameworks.py`, which the
-guide is written from. Both sides run as a reader would run them: without the strict
-modes of this test suite. A library that is not installed skips its rows and says so.
+The rows are those of `docs/porting_*.py`, which the guide is written from. Both sides
+run as a reader would run them: without the strict modes of this test suite. A library
+that is not installed skips its rows and says so; where a row has a formula, that is
+what ours is compared with, in float64.
 """
 
 import functools
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from porting_frameworks import TABLES
-from porting_rows import EQUAL, OURS, SETUP
+from porting_rows import EQUAL, FORMULAS, OURS, SETUP
 
 import xent_jax
 
@@ -55,7 +56,7 @@ def in_jax():
 @functools.cache
 def our_names():
     public = {name: getattr(xent_jax, name) for name in xent_jax.__all__}
-    names = in_jax() | public
+    names = in_jax() | public | {"np": np}
     exec(OURS, names)
     return names
 
@@ -75,6 +76,16 @@ def their_names(table):
         names |= {k: names["tf"].constant(v) for k, v in setup().items()}
     if table.library == "keras" and names["keras"].backend.backend() != "jax":
         pytest.skip("the backend of keras is not jax (KERAS_BACKEND)")
+    return names
+
+
+@functools.cache
+def formula_names():
+    names = {
+        name: array.astype(np.float64) if array.dtype == np.float32 else array
+        for name, array in setup().items()
+    } | {"np": np}
+    exec(FORMULAS, names)
     return names
 
 
@@ -111,7 +122,10 @@ def test_row(table, row):
         assert np.isfinite(ours).all()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = result_of(expressions[0], their_names(table))
+        if row.formula:
+            theirs = eval(row.formula, formula_names())
+        else:
+            theirs = result_of(expressions[0], their_names(table))
     if type(theirs).__name__ == "InterpreterError":
         pytest.skip(f"{table.library} needs a GPU for this: {theirs}")
     names = our_names() | {"theirs": theirs, "ours": ours, "isnan": np.isnan}
