@@ -98,7 +98,9 @@ def alike(
     them where it is made, and once more by the derivative of the sum.
     """
     arguments = rows, layer, coefficients
-    hidden = varying(rows.hidden, arguments)
+    hidden, temperature = jax.tree.map(
+        lambda array: varying(array, arguments), (rows.hidden, rows.temperature)
+    )
     layer = jax.tree.map(lambda array: varying(array, arguments), layer)
     rows, coefficients = jax.tree.map(
         lambda array: varying(array, arguments, form.kind.classes.names),
@@ -108,4 +110,5 @@ def alike(
     coefficients = jax.tree.map(
         lambda array: varying(array, (rows.target, rows.keep)), coefficients
     )
-    return rows._replace(hidden=hidden), layer, coefficients
+    rows = rows._replace(hidden=hidden, temperature=temperature)
+    return rows, layer, coefficients

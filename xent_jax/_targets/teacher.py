@@ -160,7 +160,13 @@ class Teacher(NamedTuple):
         both = (self._relative_to(student, teacher, one) for one in (left, right))
         left, right = both
         added = jax.tree.map(jnp.add, left[3:], right[3:])
-        return Sums(right.pivot, student, teacher, *added)
+        # Of the same numbers, and varying over a mesh as both do.
+        pivot = jax.tree.map(
+            lambda one, other: jnp.where(other == other, other, one),
+            left.pivot,
+            right.pivot,
+        )
+        return Sums(pivot, student, teacher, *added)
 
     def nothing(self, sums: Sums) -> Sums:
         """Returns the sums of no classes from zeros of the shapes of `sums`."""
