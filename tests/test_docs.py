@@ -76,7 +76,7 @@ def test_no_link_to_what_is_not_there_yet(page):
 def test_links_are_found():
     """Keeps the patterns honest: README has links of every kind."""
     found = targets(ROOT / "README.md")
-    assert {"CHANGELOG.md", "docs/speed.md#on-a-cpu", "docs/porting.md"} <= set(found)
+    assert {"CHANGELOG.md", "docs/cpu.md", "docs/porting.md"} <= set(found)
     assert "docs/pictures/error-by-margin-dark.svg" in found
     assert "pictures/error-by-margin-light.svg" in targets(DOCS / "index.md")
     assert "coming-from-optax" in anchors(ROOT / "README.md")

@@ -71,7 +71,7 @@ def _results(form: ClassBlocks, rows: Rows, layer: Layer) -> Any:
         jax.eval_shape(sums_of, indices[0]),
     )
     total, _ = loop(step, kind.nothing(nothing), indices)
-    return kind.results(kind.over_shards(total), rows.target, rows.keep)
+    return kind.results(kind.over_shards(total), kept.target, rows.keep)
 
 
 def _with_pivot(

@@ -205,6 +205,8 @@ class Teacher(NamedTuple):
         self, sums: Sums, target: Target, keep_row: jax.Array | None
     ) -> Results:
         """Returns what the sums over all classes come to."""
+        # Of a loop over blocks it may vary over a mesh, and is the same all over it.
+        pivot = sums.pivot if target.pivot is None else target.pivot
         mass = nan_where(sums.teacher == 0, sums.teacher)
         other = nan_where(sums.student == 0, sums.student)
         student = sums.student_largest + jnp.log(other)
@@ -212,13 +214,13 @@ class Teacher(NamedTuple):
         first = mass + sums.excess if self.reverse else mass
         excess = (-sums.excess if self.reverse else sums.excess) / first
         ratio = jnp.log1p(sums.excess / mass)
-        shift = ratio - sums.pivot.offset
+        shift = ratio - pivot.offset
         loss = sums.terms / first - _log_rest(excess)
         if sums.distance is not None:
             # A pivot that is far off: the distributions are not near.
             near = jnp.abs(excess) < _NEAR
             shift = jnp.where(near, shift, student - teacher)
-            rise = shift + sums.pivot.offset
+            rise = shift + pivot.offset
             plain = sums.distance / (other if self.reverse else mass)
             plain = plain - rise if self.reverse else plain + rise
             loss = jnp.where(near, loss, plain)
@@ -226,7 +228,7 @@ class Teacher(NamedTuple):
         return Results(
             zero_in_dropped_rows(loss, keep_row),
             zero_in_dropped_rows(student, keep_row),
-            TeacherStatistics(sums.pivot, student, teacher, shift),
+            TeacherStatistics(pivot, student, teacher, shift),
         )
 
     def slope(
