@@ -12,7 +12,14 @@ _LANES = 128
 _SUBLANES = 8
 
 
-def rows_per_block(rows: int, features: int, classes: int, itemsize: int) -> int:
+# Of a teacher's logits and the student's, or of several labels a row, a TPU holds up to
+# three arrays of a block's size; with blocks of a third they take what one would.
+ARRAYS_OF_PAIRS = 3
+
+
+def rows_per_block(
+    rows: int, features: int, classes: int, itemsize: int, arrays: int = 1
+) -> int:
     """Returns how many rows a block of a scalar reduction has.
 
     A block of R rows reads the kernel and adds to its gradient once, so it moves about
@@ -29,10 +36,11 @@ def rows_per_block(rows: int, features: int, classes: int, itemsize: int) -> int
       features: D.
       classes: V.
       itemsize: bytes of a logit.
+      arrays: how many arrays of its size a block takes.
     """
     half = itemsize * features * classes // 2
     budget = max(_ROW_TILE_BYTES, min(half, itemsize * _MOST_ROWS * classes))
-    most = _whole(budget // (itemsize * classes))
+    most = _whole(budget // (itemsize * classes * arrays))
     return _balanced(rows, most, _SUBLANES) if isinstance(rows, int) else most
 
 

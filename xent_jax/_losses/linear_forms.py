@@ -14,7 +14,7 @@ from xent_jax._forms.head_arguments import Head
 from xent_jax._forms.row_blocks import linear_loss_sum
 from xent_jax._forms.row_gradients import RowBlocks
 from xent_jax._forms.rows import row_results
-from xent_jax._forms.sizes import classes_per_block, rows_per_block
+from xent_jax._forms.sizes import ARRAYS_OF_PAIRS, classes_per_block, rows_per_block
 from xent_jax._losses.statistics import SoftmaxStatistics
 from xent_jax._reductions.axis import AxisName, ClassAxis, psum
 from xent_jax._reductions.precision import accumulation_dtype
@@ -140,7 +140,10 @@ def row_blocks_form(
     """Returns the form of a sum over the rows, for the caller's block size."""
     count, features = head.rows.hidden.shape
     itemsize = accumulation_dtype(head.rows.hidden.dtype).itemsize
-    default = rows_per_block(count, features, head.layer.kernel.shape[1], itemsize)
+    is_pair = head.layer.teacher is not None or head.label_probs is not None
+    arrays = ARRAYS_OF_PAIRS if is_pair else 1
+    classes = head.layer.kernel.shape[1]
+    default = rows_per_block(count, features, classes, itemsize, arrays)
     size = head_arguments.read_block(function, "row_block", row_block, default, count)
     return RowBlocks(kind, size, skip and head.classes.axis_name is None)
 

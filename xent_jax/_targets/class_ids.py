@@ -33,6 +33,7 @@ from xent_jax._targets.rivals import (
     Sums,
     UniformSums,
     Wanted,
+    less_at,
     merged,
     picked,
     relative_to,
@@ -193,11 +194,8 @@ class ClassIds(NamedTuple):
         if others is None or labels.others is None:
             return slope
         axis, ids = self.classes.axis, labels.others.ids
-        pick = functools.partial(picked, axis, block.class_ids, ids=ids)
-        found, spread = jax.vjp(lambda values: pick(values=values), slope)
-        # They vary over a mesh as the slope does.
-        others = jnp.where(found == found, others, others)
-        return slope - zero_where_dropped(spread(others)[0], block)
+        slope = less_at(axis, block.class_ids, slope, ids, others)
+        return zero_where_dropped(slope, block)
 
     def slopes(self, block: Block, labels: Labels, results: Results) -> Slopes:
         """Returns "mean parameter minus target" of the results, over a block."""

@@ -4,6 +4,7 @@ The sums of a block are relative to its own best rival. Two blocks are added aft
 are made relative to the better one, so that nothing overflows and no term is negative.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from xent_jax._targets.block import Block, block_at, values_of, zero_where_dropp
 from xent_jax._targets.label_row import pivot_of
 
 # Up to so many classes a row are found by a comparison each.
-_MOST_MASKS = 16
+_MOST_MASKS, _MOST_MASKS_OF_ACCELERATORS = 16, 64
 
 
 class Others(NamedTuple):
@@ -170,15 +171,62 @@ def picked(
     """
     count = ids.shape[axis]
     if count > _MOST_MASKS and not is_sharded(values):
-        here, places = _places(class_ids, ids)
-        found = jnp.take_along_axis(values, places, axis)
-        return jnp.where(places == here, found, 0)
-    parts = [ids] if count == 1 else jnp.split(ids, count, axis)
+        return _gathered(axis, class_ids, values, ids)
     sums = [
         jnp.sum(jnp.where(class_ids == one, values, 0), axis=axis, keepdims=True)
-        for one in parts
+        for one in _each(axis, ids)
     ]
     return sums[0] if count == 1 else jnp.concatenate(sums, axis)
+
+
+def less_at(
+    axis: int,
+    class_ids: jax.Array,
+    values: jax.Array,
+    ids: jax.Array,
+    numbers: jax.Array,
+) -> jax.Array:
+    """Returns the values of a block, less a number at each of some classes a row.
+
+    By masks, in one fusion with what the values are made of; for many classes by a
+    scatter, which on a TPU is slow, so that it takes more of them there.
+    """
+
+    def by_mask(
+        values: jax.Array, ids: jax.Array, numbers: jax.Array, class_ids: jax.Array
+    ) -> jax.Array:
+        for one, number in zip(_each(axis, ids), _each(axis, numbers), strict=True):
+            values = values - jnp.where(class_ids == one, number, 0)
+        return values
+
+    def by_scatter(
+        values: jax.Array, ids: jax.Array, numbers: jax.Array, class_ids: jax.Array
+    ) -> jax.Array:
+        gather = functools.partial(_gathered, axis, class_ids, ids=ids)
+        found, spread = jax.vjp(lambda values: gather(values=values), values)
+        # They vary over a mesh as the values do.
+        return values - spread(jnp.where(found == found, numbers, numbers))[0]
+
+    count = ids.shape[axis]
+    if count <= _MOST_MASKS:
+        return by_mask(values, ids, numbers, class_ids)
+    if count > _MOST_MASKS_OF_ACCELERATORS:
+        return by_scatter(values, ids, numbers, class_ids)
+    return on_one_device(by_mask, by_scatter)(values, ids, numbers, class_ids)
+
+
+def _each(axis: int, array: jax.Array) -> list[jax.Array]:
+    """Returns the K parts of an array, of size 1 along the axis."""
+    count = array.shape[axis]
+    return [array] if count == 1 else jnp.split(array, count, axis)
+
+
+def _gathered(
+    axis: int, class_ids: jax.Array, values: jax.Array, ids: jax.Array
+) -> jax.Array:
+    here, places = _places(class_ids, ids)
+    found = jnp.take_along_axis(values, places, axis)
+    return jnp.where(places == here, found, 0)
 
 
 def values_at(axis: int, block: Block, values: jax.Array, ids: jax.Array) -> jax.Array:
