@@ -150,7 +150,8 @@ CASES = [
 
 def _once(case: LossCase) -> bool:
     """Whether the case is one option alone of those that another has together."""
-    return case.name.startswith(INTEGER) and len(case.options) == 1
+    later = case.kind in ("sparse", "teacher") and case.options
+    return bool(later) or (case.name.startswith(INTEGER) and len(case.options) == 1)
 
 
 _MARKS = [pytest.mark.once, pytest.mark.exhaustive]
