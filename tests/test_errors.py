@@ -58,6 +58,9 @@ SHAPES = [
      "(that of probs), got (5,); nll_loss of jnp.log(probs) takes class ids."),
     ("binary_cross_entropy", [LOGITS, IDS], {}, "labels must have shape (5, 3) "
      "(that of probs), got (5,)."),
+    (INTEGER, [np.ones((2, 5, 6, 7)), np.zeros((2, 6, 7), int)], {}, "labels must have "
+     "shape (2, 5, 6) (logits without axis 3), got (2, 6, 7); for classes on axis 1 "
+     "give axis=1."),
     ("weighted_mean", [IDS.astype(np.float32), np.ones((5, 1))], {}, "weights must "
      "have shape (5,) (that of values), got (5, 1)."),
     (INTEGER, [LOGITS, IDS], {"where": np.ones((5, 1), bool)}, "where must have shape "

@@ -22,7 +22,9 @@ VALUES = [
     ({"kernel": KERNEL[:3]}, "kernel must have shape (4, V) (features of hidden, "
      "classes), got (3, 5)."),
     ({"kernel": KERNEL.T}, "kernel must have shape (4, V) (features of hidden, "
-     "classes), got (5, 4)."),
+     "classes), got (5, 4); give kernel.T."),
+    ({"labels": np.zeros((2, 3, 4), int)}, "labels must have shape (2, 3) (hidden "
+     "without axis 2), got (2, 3, 4); several ids a row need label_probs."),
     ({"kernel": KERNEL[0]}, "kernel must have shape (4, V) (features of hidden, "
      "classes), got (5,)."),
     ({"kernel": KERNEL[None]}, "kernel must have shape (4, V) (features of hidden, "

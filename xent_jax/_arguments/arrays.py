@@ -308,6 +308,12 @@ def _hint_for_ids(layout: Layout, labels: jax.Array) -> str:
         return f"take the axis of size 1 off with jnp.squeeze(labels, {axes})"
     if labels.shape == layout.shape:
         return "softmax_cross_entropy takes a target for every class"
+    if integers and layout.name == "hidden" and labels.ndim > len(layout.batch_shape):
+        return "several ids a row need label_probs"
+    for axis in range(len(layout.shape) if integers and labels.ndim > 1 else 0):
+        others = layout.shape[:axis] + layout.shape[axis + 1 :]
+        if labels.shape == others and axis not in layout.axes:
+            return f"for classes on axis {axis} give axis={axis}"
     floating = jnp.issubdtype(labels.dtype, jnp.floating)
     return "convert class ids with labels.astype(int32)" if floating else ""
 

@@ -98,7 +98,9 @@ def _read_linear(
     if matrix.ndim != 2 or matrix.shape[0] != features.shape[-1]:
         size = features.shape[-1]
         expected = f"have shape ({size}, V) (features of {name}, classes)"
-        checks.fail(ValueError, function, of_kernel, expected, matrix.shape)
+        transposed = matrix.ndim == 2 and matrix.shape[1] == size
+        hint = f"give {of_kernel}.T" if transposed else ""
+        checks.fail(ValueError, function, of_kernel, expected, matrix.shape, hint)
     if matrix.shape[1] == 0:
         expected = "have at least one class"
         checks.fail(ValueError, function, of_kernel, expected, matrix.shape)
