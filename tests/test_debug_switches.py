@@ -51,7 +51,7 @@ TARGETS[1:4] = [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 2, 0, 0.5, 0]]
 ANSWERS = np.clip(TARGETS, 0, 1)
 PROBS = RNG.dirichlet(np.full(CLASSES, 3), ROWS).astype(np.float32)
 PROBS[2:4] = [[0, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
-IDS = {"indices": np.array([[0, 1], [1, -1], [1, 1], [1, 3], [1, -1], [4, 4]])}
+IDS = {"indices": np.array([[0, 2], [1, -1], [1, 2], [1, 0], [1, -1], [4, 2]])}
 PROBS_OF_IDS = np.array(
     [[0.5, 0.5], [1, 0], [0.3, 0.7], [0.9, 0], [1, 0], [2, 1]], np.float32
 )

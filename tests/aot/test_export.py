@@ -15,7 +15,7 @@ from jax import export
 
 import xent_jax
 from aot.cases import CASES, Case, mean
-from aot.linear import STATISTICS, linear_case
+from aot.linear import STATISTICS, LinearCase, linear_case
 
 # JAX needs it to serialise, and does not depend on it.
 pytest.importorskip("flatbuffers")
@@ -35,12 +35,38 @@ LINEAR_CASES = [
         linear_case(None),
         linear_case(None, "every"),
         STATISTICS,
+        LinearCase(
+            "linear-divergence",
+            xent_jax.linear_softmax_kl_divergence,
+            lambda h, k, _: xent_jax.linear_softmax_kl_divergence(h, k, jnp.sin(h), k),
+            ("class ids",),
+        ),
     )
 ]
 
 ALL_CASES = (
     *CASES,
     *LINEAR_CASES,
+    Case(
+        "sparse-targets",
+        xent_jax.softmax_cross_entropy_with_sparse_targets,
+        lambda x, y, p: xent_jax.softmax_cross_entropy_with_sparse_targets(
+            x, jnp.stack([y, y], -1), p[:, :2]
+        ),
+        ("class ids", "targets"),
+    ),
+    Case(
+        "divergence",
+        xent_jax.softmax_kl_divergence,
+        xent_jax.softmax_kl_divergence,
+        ("targets",),
+    ),
+    Case(
+        "statistics",
+        xent_jax.softmax_statistics,
+        xent_jax.softmax_statistics,
+        ("class ids",),
+    ),
     Case("weighted-mean", xent_jax.weighted_mean, xent_jax.weighted_mean, ("targets",)),
     Case(
         "sinkhorn-targets",

@@ -125,7 +125,7 @@ def linear_softmax_kl_divergence(
       >>> student = jnp.array([[1.0, 0.5], [-0.5, 2.0]])
       >>> teacher = jnp.array([[1.0, 1.0], [-0.5, 2.0]])
       >>> print(linear_softmax_kl_divergence(student, kernel, teacher, kernel))
-      [0.0531 0.    ]
+      [0.0534 0.    ]
     """
     function = "linear_softmax_kl_divergence"
     head_arguments.check_reduction(function, reduction)
