@@ -23,7 +23,9 @@ def inputs_of(rng, *options, classes=37):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("kind", ["number", "rows"])
+@pytest.mark.parametrize(
+    "kind", ["rows", pytest.param("number", marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("options", [(), ("bias", "where", "class_mask", "softcap")])
 def test_temperature_divides_the_logits(options, kind, reduction, rng):
     inputs = inputs_of(rng, *options)

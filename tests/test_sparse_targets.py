@@ -23,7 +23,9 @@ def targets(rng, rows, classes, count):
     return indices, np.where(indices < 0, 0, probs)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize(
     ("classes", "count", "rows"),
     [(2, 1, 3), (2, 5, 4), (37, 8, 5), (257, 33, 6), (4001, 64, 3), (9, 2, 0)],
