@@ -17,16 +17,21 @@ DENSE = xent_jax.softmax_cross_entropy
 SPARSE = xent_jax.softmax_cross_entropy_with_sparse_targets
 
 
+def call_of(case, labels):
+    """Returns the public function, its labels and its options."""
+    if case.kind != "sparse":
+        return case.loss, labels, case.options
+    arguments = unpacked(labels)
+    return SPARSE, arguments["indices"], case.options | {"probs": arguments["probs"]}
+
+
 @pytest.mark.parametrize("case", EACH)
 def test_every_loss_obeys_its_law(case, rng):
     inputs, labels = case.inputs(rng)
     labels = labels if case.kind == "ids" else labels.astype(np.float32)
     inputs = inputs.astype(np.float32)
     bound = 4e-6 if case.positive else None
-    loss, options = case.loss, case.options
-    if case.kind == "sparse":
-        loss, options = SPARSE, options | {"probs": unpacked(labels)["probs"]}
-        labels = unpacked(labels)["indices"]
+    loss, labels, options = call_of(case, labels)
     testing.assert_gradient_law(loss, inputs, labels, bound=bound, **options)
     law = testing.law_of(loss)
     testing.assert_law_differentiates(law, inputs, labels, **options)
@@ -36,10 +41,8 @@ def test_every_loss_obeys_its_law(case, rng):
 def test_the_laws_equal_the_oracle_of_the_tests(case, rng):
     """Two people's float64 formulas of the same loss."""
     inputs, labels = case.inputs(rng)
-    truth, loss, options = case.truth(inputs, labels), case.loss, case.options
-    if case.kind == "sparse":
-        loss, options = SPARSE, options | {"probs": unpacked(labels)["probs"]}
-        labels = unpacked(labels)["indices"]
+    truth = case.truth(inputs, labels)
+    loss, labels, options = call_of(case, labels)
     law = testing.law_of(loss)
     value = law.value(inputs, labels, **options)
     if isinstance(truth, oracle.Loss):

@@ -1,4 +1,4 @@
-"""The arguments of linear heads by their axes: the table that meshes and tests read.
+"""The arguments of linear heads by their axes: the table that meshes read.
 
 `n` stands for the batch axes, `v` for the classes, `d` for features and `k` for the ids
 of a row; a number has none. An argument that is absent, or is a number where a row a

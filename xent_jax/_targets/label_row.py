@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 def pivot_of(best_rival: jax.Array) -> jax.Array:
-    """Returns what to subtract from rivals: their best, 0 where there is none."""
+    """Returns what to subtract from logits: their best, 0 where there is none."""
     return jnp.where(best_rival == -jnp.inf, 0, best_rival)
 
 

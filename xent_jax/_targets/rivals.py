@@ -243,12 +243,10 @@ def values_at(axis: int, block: Block, values: jax.Array, ids: jax.Array) -> jax
         return picked(axis, class_ids, values, ids)
 
     def by_gather(values: jax.Array, class_ids: jax.Array, ids: jax.Array) -> jax.Array:
+        if values.size != values.shape[axis]:
+            return _gathered(axis, class_ids, values, ids)
         here, places = _places(class_ids, ids)
-        if values.size == values.shape[axis]:
-            found = values.reshape(-1)[places]
-        else:
-            found = jnp.take_along_axis(values, places, axis)
-        return jnp.where(places == here, found, 0)
+        return jnp.where(places == here, values.reshape(-1)[places], 0)
 
     return on_one_device(by_mask, by_gather)(values, block.class_ids, ids)
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from xent_jax._reductions.axis import ClassAxis
 from xent_jax._reductions.classes import SUM, max_classes, reduce_classes
 from xent_jax._reductions.precision import nan_where, two_sum
+from xent_jax._targets import label_row
 from xent_jax._targets.block import (
     Block,
     values_of,
@@ -112,7 +113,7 @@ class Teacher(NamedTuple):
                 max_classes(_relative, (pair[0], pivot.student), axis),
                 max_classes(_relative, (pair[1], pivot.teacher), axis),
             )
-        safe = tuple(jnp.where(top == -jnp.inf, 0, top) for top in largest)
+        safe = tuple(map(label_row.pivot_of, largest))
         operands = pair, pivot, safe
         whole = target.pivot is None
         terms = functools.partial(_terms, self.reverse, whole)
@@ -144,9 +145,9 @@ class Teacher(NamedTuple):
         largest = [
             self.classes.largest(max_classes(values_of, (one,), axis)) for one in pair
         ]
-        safe = [jnp.where(top == -jnp.inf, 0, top) for top in largest]
+        safe = tuple(map(label_row.pivot_of, largest))
         add = SUM._replace(reused=True)
-        sums = reduce_classes(add, _powers, (pair, tuple(safe)), axis)
+        sums = reduce_classes(add, _powers, (pair, safe), axis)
         student, teacher = self.classes.total(sums)
         # Without a finite logit a row is undefined.
         teacher = nan_where(teacher == 0, teacher)
