@@ -317,7 +317,9 @@ def _differences(
     """
     student, error = two_sum(values_of(pair[0]), -pivot.student)
     teacher, other = two_sum(values_of(pair[1]), -pivot.teacher)
-    return student, teacher, (student - teacher) + (error - other)
+    # −inf of both would make a NaN: of a class that the student lacks it stays −inf.
+    change = student - jnp.where(student == -jnp.inf, 0, teacher)
+    return student, teacher, change + (error - other)
 
 
 def _terms(
