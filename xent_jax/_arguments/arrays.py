@@ -74,6 +74,14 @@ class Layout(NamedTuple):
         names = ", ".join(str(axis) for axis in self.axes)
         return f"{self.name} without {plural} {names}"
 
+    @property
+    def class_meaning(self) -> str:
+        """How a message explains the shape of one value a class."""
+        if self.name == "hidden":
+            return "one value a class, as the kernel's columns"
+        here = " of this shard" if self.axis_name is not None else ""
+        return f"one number a class{here}"
+
     def classes(self, array: jax.Array) -> jax.Array:
         """Brings an array of the given shape into the layout."""
         if len(self.axes) == 1:
@@ -95,13 +103,13 @@ class Layout(NamedTuple):
         """Brings an array of the given shape to the sharding of the logits."""
         return array if self.logits is None else placement.beside(array, self.logits)
 
-    def classes_beside(self, array: jax.Array) -> jax.Array:
-        """Brings one number a class to the sharding of the logits in the layout."""
-        if self.logits is None:
-            return array
-        if placement.on_explicit_mesh(self.logits, array) is None:
-            return array
-        return placement.beside(array, self.classes(self.logits), [self.axis])
+    def one_a_class(self, array: jax.Array) -> jax.Array:
+        """Brings one number a class into the layout, to the sharding of the logits."""
+        logits, ndim = self.logits, len(self.batch_shape) + 1
+        if logits is not None and placement.on_explicit_mesh(logits, array) is not None:
+            array = placement.beside(array, self.classes(logits), [self.axis])
+        other = tuple(axis for axis in range(ndim) if axis != self.axis % ndim)
+        return jnp.expand_dims(array, other)
 
     def rows(self, array: jax.Array) -> jax.Array:
         """Brings an array of the batch shape into the layout."""
@@ -334,41 +342,3 @@ def read_targets(layout: Layout, labels: ArrayLike, dtype: jnp.dtype) -> jax.Arr
     checks.check_shape(layout.function, "labels", array, layout.shape, meaning, hint)
     array = layout.all_beside(array)
     return layout.classes(array.astype(accumulation_dtype(dtype)))
-
-
-def read_class_weights(
-    layout: Layout, class_weights: ArrayLike | None, dtype: jnp.dtype
-) -> jax.Array | None:
-    """Returns the weights in the accumulation dtype, on the class axis."""
-    if class_weights is None:
-        return None
-    array = checks.as_real(layout.function, "class_weights", class_weights)
-    shape = (layout.num_classes,)
-    here = " of this shard" if layout.axis_name is not None else ""
-    checks.check_shape(
-        layout.function, "class_weights", array, shape, f"one number a class{here}"
-    )
-    array = layout.classes_beside(array)
-    ndim = len(layout.batch_shape) + 1
-    other = tuple(axis for axis in range(ndim) if axis != layout.axis % ndim)
-    return jnp.expand_dims(array.astype(accumulation_dtype(dtype)), other)
-
-
-def read_scalar(
-    function: str,
-    argument: str,
-    value: ArrayLike,
-    dtype: jnp.dtype,
-    *,
-    highest: float = float("inf"),
-) -> jax.Array | None:
-    """Returns a coefficient in [0, highest], or `None` where it is the number 0.
-
-    A traced or device value is used as it is, 0 or not.
-    """
-    number = checks.read_number(
-        function, argument, value, accumulation_dtype(dtype), highest=highest
-    )
-    if not isinstance(number, jax.Array) and number == 0:
-        return None
-    return jnp.asarray(number)

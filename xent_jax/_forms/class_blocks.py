@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from xent_jax._forms.head import Layer, Rows, kept_hidden, logits_of, product, target_of
+from xent_jax._arguments.options import changed
+from xent_jax._forms.head import Layer, Rows, kept_hidden, product, target_of
 from xent_jax._forms.loops import loop, varying, zeros
 from xent_jax._reductions.precision import accumulation_dtype
 from xent_jax._reductions.tangents import tangent_of
@@ -99,10 +100,15 @@ def _slice(form: ClassBlocks, start: jax.Array, array: Any) -> Any:
     return jax.lax.dynamic_slice_in_dim(array, start, form.size, axis=1)
 
 
-def _teacher_part(teacher: Layer | None, take: Any) -> Layer | None:
-    if teacher is None:
-        return None
-    return teacher._replace(kernel=take(teacher.kernel), bias=take(teacher.bias))
+def _part(layer: Layer, take: Any) -> Layer:
+    """Returns a block's part of a layer, or of its tangent."""
+    return Layer(
+        take(layer.kernel),
+        layer.options.each(take, "v"),
+        take(layer.class_mask),
+        take(layer.class_weights),
+        None if layer.teacher is None else _part(layer.teacher, take),
+    )
 
 
 class _Made(NamedTuple):
@@ -130,16 +136,9 @@ def _block(
     classes, size = layer.kernel.shape[1], form.size
     start = jnp.minimum(index * size, classes - size)
     take = functools.partial(_slice, form, start)
-    part = Layer(
-        take(layer.kernel),
-        take(layer.bias),
-        layer.softcap,
-        take(layer.class_mask),
-        take(layer.class_weights),
-        _teacher_part(layer.teacher, take),
-    )
+    part = _part(layer, take)
     linear = product(rows.hidden, part.kernel.astype(rows.hidden.dtype))
-    logits = logits_of(linear, part.bias, part.softcap, rows.temperature)
+    logits = changed(linear, part.options, rows.options)
     ids = first + start + jnp.arange(size, dtype=jnp.int32)[None]
     mask, target = part.class_mask, target_of(rows, part)
     if classes % size:
@@ -165,7 +164,7 @@ def _tangents(
     # What is the same on all devices of a `shard_map` would, in reverse mode, have its
     # gradient summed over them in every step.
     rows = rows._replace(hidden=kept_hidden(rows))
-    moving = rows_dot.hidden, rows_dot.temperature
+    moving = rows_dot.hidden, rows_dot.options
     arguments = rows, moving, layer, layer_dot, results
     rows, moving, layer, layer_dot, results = jax.tree.map(
         lambda array: varying(array, arguments), arguments
@@ -178,13 +177,7 @@ def _tangents(
         made = _block(form, rows, layer, first, index)
         take = functools.partial(_slice, form, made.start)
         moving, layer_dot = dots
-        part_dot = Layer(
-            take(layer_dot.kernel),
-            take(layer_dot.bias),
-            layer_dot.softcap,
-            None,
-            take(layer_dot.class_weights),
-        )
+        part_dot = _part(layer_dot._replace(class_mask=None, teacher=None), take)
         dot = form.kind.tangents(
             made.block,
             made.target,
@@ -208,7 +201,7 @@ def _logits_dot(
     rows: Rows, moving: Any, made: _Made, part_dot: Layer
 ) -> jax.Array | None:
     """Returns the tangent of a block's logits."""
-    hidden, (hidden_dot, temperature_dot) = rows.hidden, moving
+    hidden, (hidden_dot, options_dot) = rows.hidden, moving
     part, linear, linear_dot = made.part, made.linear, None
     if hidden_dot is not None:
         kernel = part.kernel.astype(hidden.dtype)
@@ -216,11 +209,11 @@ def _logits_dot(
     if part_dot.kernel is not None:
         by_kernel = _tangent_product(hidden, part_dot.kernel, hidden.dtype)
         linear_dot = by_kernel if linear_dot is None else linear_dot + by_kernel
-    dots = linear_dot, part_dot.bias, part_dot.softcap, temperature_dot
-    if all(dot is None for dot in dots):
+    dots = linear_dot, part_dot.options, options_dot
+    if not jax.tree.leaves(dots):
         return None
-    primals = linear, part.bias, part.softcap, rows.temperature
-    return tangent_of(logits_of, primals, dots)[1]
+    primals = linear, part.options, rows.options
+    return tangent_of(changed, primals, dots)[1]
 
 
 def _tangent_product(left: jax.Array, right: jax.Array, dtype: Any) -> jax.Array:

@@ -1,28 +1,26 @@
 """The linear layer that makes the logits, and a block of them at a time."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from xent_jax._arguments.options import LogitOptions, changed
 from xent_jax._reductions.axis import ClassAxis
 from xent_jax._reductions.precision import accumulation_dtype
-from xent_jax._reductions.tangents import unless_zero
 from xent_jax._targets.teacher import Target
 
 
 class Layer(NamedTuple):
-    """What makes the logits, softcap·tanh((hidden @ kernel + bias) / softcap).
+    """What makes the logits: the product of features and kernel, then the options.
 
-    `None` stands for an option that is not used. Rows are of the accumulation dtype.
+    `None` stands for an option that is not used.
     """
 
     kernel: jax.Array  # [D, V], in the caller's dtype
-    bias: jax.Array | None  # [1, V]
-    softcap: jax.Array | None  # []
+    options: LogitOptions  # those that are not one number a row
     class_mask: jax.Array | None  # bool[1, V]
-    class_weights: jax.Array | None  # [1, V]
+    class_weights: jax.Array | None  # [1, V], in the accumulation dtype
     teacher: "Layer | None" = None  # what makes the logits that these are compared with
 
 
@@ -39,7 +37,7 @@ class Rows(NamedTuple):
     hidden: jax.Array  # [N, D]
     target: Any  # `Labels` or `TeacherRows`
     keep: jax.Array | None  # bool[N, 1]
-    temperature: jax.Array | None = None  # [N, 1], divides the logits
+    options: LogitOptions = LogitOptions()  # those that are one number a row, [N, 1]
 
 
 def kept_hidden(rows: Rows) -> jax.Array:
@@ -68,17 +66,6 @@ def product(
     )
 
 
-def logits_of(
-    linear: jax.Array, bias: Any, softcap: Any, temperature: Any
-) -> jax.Array:
-    """Returns the logits that a product with the kernel becomes."""
-    if bias is not None:
-        linear = linear + bias
-    if softcap is not None:
-        linear = _softcapped(linear, softcap)
-    return linear if temperature is None else quotient(linear, temperature)
-
-
 def target_of(rows: Rows, layer: Layer) -> Any:
     """Returns what the logits of rows and a layer, or a part of it, go with."""
     teacher = layer.teacher
@@ -89,70 +76,8 @@ def target_of(rows: Rows, layer: Layer) -> Any:
         hidden = jnp.where(rows.keep, hidden, 0)
     linear = product(hidden, teacher.kernel.astype(hidden.dtype))
     linear = linear.astype(accumulation_dtype(rows.hidden.dtype))
-    logits = logits_of(linear, teacher.bias, teacher.softcap, rows.temperature)
+    logits = changed(linear, teacher.options, rows.options)
     return Target(logits, rows.target.pivot)
-
-
-@jax.custom_jvp
-def _softcapped(logits: jax.Array, softcap: jax.Array) -> jax.Array:
-    """Returns softcap·tanh(logits / softcap), for every positive normal softcap.
-
-    A logit far below the softcap is left alone: the quotient of a small number and a
-    large one would underflow.
-    """
-    ratio = _ratio(logits, softcap)
-    # tanh(r) = r·(1 − r²/3 + …)
-    alone = jnp.square(ratio) < jnp.finfo(ratio.dtype).eps / 4
-    return jnp.where(alone, logits, softcap * jnp.tanh(ratio))
-
-
-@functools.partial(_softcapped.defjvp, symbolic_zeros=True)
-def _softcapped_jvp(
-    primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[jax.Array, jax.Array]:
-    # In closed form: the chain rule goes by way of 1 / softcap, which underflows for a
-    # large one, and of logits / softcap², which overflows for a small one.
-    # The slope is made of the result, which is kept anyway.
-    value = _softcapped(*primals)
-    slope = 1 - jnp.square(quotient(value, primals[1]))
-    logits_dot, softcap_dot = map(unless_zero, tangents)
-    change = jnp.zeros_like(value)
-    if logits_dot is not None:
-        change += slope * logits_dot
-    if softcap_dot is not None:
-        change += _slope_by_softcap(_ratio(*primals), slope) * softcap_dot
-    return value, change
-
-
-def _slope_by_softcap(ratio: jax.Array, slope: jax.Array) -> jax.Array:
-    """Returns tanh(r) − r·slope, by its series where the two terms cancel."""
-    small = jnp.abs(ratio) < jnp.finfo(ratio.dtype).eps ** (1 / 8)
-    near = jnp.where(small, ratio, 0)
-    square = jnp.square(near)
-    series = near * square * (2 / 3 - square * (8 / 15 - square * (34 / 105)))
-    return jnp.where(small, series, jnp.tanh(ratio) - ratio * slope)
-
-
-def _ratio(logits: jax.Array, softcap: jax.Array) -> jax.Array:
-    """Returns logits / softcap, a constant ±20 from where tanh is ±1 in every dtype."""
-    high = jnp.abs(logits) >= 20 * jnp.abs(softcap)
-    ratio = quotient(jnp.where(high, 0, logits), softcap)
-    return jnp.where(high, 20 * jnp.sign(logits), ratio)
-
-
-@jax.custom_jvp
-def quotient(left: jax.Array, right: jax.Array) -> jax.Array:
-    """Returns left / right, whose derivatives never take the square of `right`."""
-    return left / right
-
-
-@quotient.defjvp
-def quotient_jvp(
-    primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[jax.Array, jax.Array]:
-    value, right = quotient(*primals), primals[1]
-    left_dot, right_dot = tangents
-    return value, quotient(left_dot - value * right_dot, right)
 
 
 def class_total(layer: Layer, dtype: jnp.dtype, class_axis: ClassAxis) -> jax.Array:

@@ -10,12 +10,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from xent_jax._arguments import arrays, checks
 from xent_jax._arguments.arrays import Keep, Layout
 from xent_jax._arguments.checks import Shape
+from xent_jax._arguments.options import (
+    OPTIONS,
+    LogitOptions,
+    merged,
+    read_option,
+    read_options,
+)
 from xent_jax._forms.head import Layer, Rows, TeacherRows
 from xent_jax._reductions.axis import AxisName, ClassAxis
 from xent_jax._reductions.precision import accumulation_dtype
@@ -23,14 +29,19 @@ from xent_jax._targets.rivals import Labels
 
 
 class Head(NamedTuple):
-    """The arguments of one call."""
+    """The arguments of one call; options by name, `None` for one that is not used."""
 
     batch_shape: Shape
     rows: Rows
     layer: Layer
     classes: ClassAxis
-    weights: jax.Array | None  # [N, 1], in the accumulation dtype
+    options: dict[str, Any]  # [N, 1], [1, V] or [], in the accumulation dtype
     label_probs: jax.Array | None = None  # [N, K], likewise
+
+    @property
+    def weights(self) -> jax.Array | None:
+        """The weight of each row, [N, 1]."""
+        return self.options.get("weights")
 
 
 def read_head(
@@ -39,16 +50,11 @@ def read_head(
     kernel: ArrayLike,
     labels: ArrayLike | None = None,
     *,
-    bias: ArrayLike | None,
     where: ArrayLike | None,
-    class_mask: ArrayLike | None,
-    softcap: ArrayLike | None,
     class_axis_name: AxisName = None,
     label_probs: ArrayLike | None = None,
-    temperature: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    class_weights: ArrayLike | None = None,
     teacher: dict[str, Any] | None = None,
+    **options: ArrayLike | None,
 ) -> Head:
     """Returns the checked arguments, of which a teacher's stand in for labels."""
     checks.check_axis_name(function, "class_axis_name", class_axis_name)
@@ -57,32 +63,51 @@ def read_head(
     # The layout of the logits, had there been any.
     shape = (*features.shape[:-1], classes)
     layout = Layout(function, "hidden", shape, (features.ndim - 1,), class_axis_name)
-    mask = _read_classes(function, "class_mask", class_mask, classes)
+    read = _read_options(layout, dtype, options)
+    mask = read.get("class_mask")
     keep = _read_keep(layout, where, mask)
     count = math.prod(layout.batch_shape)
     rows = Rows(features.reshape(count, features.shape[-1]), None, keep)
-    probs = None
-    offsets = _read_classes(function, "bias", bias, classes, dtype)
-    cap = _read_softcap(function, "softcap", softcap, dtype)
-    factors = _read_classes(function, "class_weights", class_weights, classes, dtype)
-    layer = Layer(matrix, _where_kept(offsets, mask), cap, mask, factors)
+    probs = of_teacher = None
     if teacher is None:
         target, probs = _read_labels(layout, labels, label_probs, keep, dtype)
-        rows = rows._replace(target=target)
     else:
         target, of_teacher = _read_teacher(layout, mask, dtype, **teacher)
-        rows = rows._replace(target=target)
-        layer = layer._replace(teacher=of_teacher)
-    if weights is not None:
-        weights = checks.as_real(function, "weights", weights)
-        meaning = layout.batch_meaning
-        checks.check_shape(function, "weights", weights, layout.batch_shape, meaning)
-        weights = weights.astype(dtype).reshape(-1, 1)
-        rows, weights = _weighted(rows, weights)
-        probs = None if probs is None else _where_kept(probs, rows.keep)
-    number = _read_temperature(layout, temperature, rows.keep, dtype)
-    rows = rows._replace(temperature=number)
-    return Head(layout.batch_shape, rows, layer, layout.class_axis, weights, probs)
+    rows = rows._replace(target=target)
+    if read.get("weights") is not None:
+        rows, read["weights"] = _weighted(rows, read["weights"])
+        if probs is not None and rows.keep is not None:
+            probs = jnp.where(rows.keep, probs, 0)
+    of_rows = LogitOptions.of(read, "n").where(rows.keep, "n")
+    layer = Layer(
+        matrix, _of_layer(read, mask), mask, read.get("class_weights"), of_teacher
+    )
+    rows = rows._replace(options=of_rows)
+    return Head(layout.batch_shape, rows, layer, layout.class_axis, read, probs)
+
+
+def _read_options(
+    layout: Layout, dtype: jnp.dtype, options: dict[str, ArrayLike | None]
+) -> dict[str, Any]:
+    """Returns options by name: [N, 1], [1, V], or a number where they have no axes."""
+    count = math.prod(layout.batch_shape)
+
+    def flat(name: str, value: jax.Array | None) -> jax.Array | None:
+        axes = OPTIONS[name].axes
+        if value is None or not axes:
+            return value
+        if axes == "v":
+            return value.reshape(1, layout.num_classes)
+        return value.reshape(count, 1) if value.ndim else jnp.full((count, 1), value)
+
+    read = read_options(layout, dtype, options)
+    return {name: flat(name, read[name]) for name in read}
+
+
+def _of_layer(options: dict[str, Any], mask: jax.Array | None) -> LogitOptions:
+    """Returns what changes the logits and is one number a class, or one for all."""
+    numbers = LogitOptions.of(options, "")
+    return merged(numbers, LogitOptions.of(options, "v").where(mask, "v"))
 
 
 def _read_linear(
@@ -128,9 +153,13 @@ def _read_teacher(
     checks.check_shape(function, names[0], features, shape, meaning)
     meaning = "features of teacher_hidden, classes of kernel"
     checks.check_shape(function, names[1], matrix, (size, classes), meaning)
-    offsets = _read_classes(function, "teacher_bias", teacher_bias, classes, dtype)
-    cap = _read_softcap(function, "teacher_softcap", teacher_softcap, dtype)
-    layer = Layer(matrix, _where_kept(offsets, mask), cap, None, None)
+    read = {
+        name: read_option(layout, dtype, name, value, f"teacher_{name}")
+        for name, value in (("bias", teacher_bias), ("softcap", teacher_softcap))
+    }
+    if read["bias"] is not None:
+        read["bias"] = read["bias"].reshape(1, classes)
+    layer = Layer(matrix, _of_layer(read, mask), None, None)
     count = math.prod(layout.batch_shape)
     fixed = TeacherRows(features.reshape(count, size)), layer
     return jax.tree.map(jax.lax.stop_gradient, fixed)
@@ -149,13 +178,6 @@ def _read_keep(
         kept = layout.class_axis.largest(jnp.any(mask).astype(jnp.int32)) > 0
         keep = jnp.full(shape, kept) if keep is None else keep & kept
     return None if keep is None else keep.reshape(-1, 1)
-
-
-def _where_kept(array: jax.Array | None, keep: jax.Array | None) -> jax.Array | None:
-    """Returns numbers a class or a row, 0 where dropped."""
-    if array is None or keep is None:
-        return array
-    return jnp.where(keep, array, 0)
 
 
 def _weighted(rows: Rows, weights: jax.Array) -> tuple[Rows, jax.Array]:
@@ -203,63 +225,6 @@ def _read_labels(
     count = ids.shape[-1]
     target = Labels.of(own.reshape(-1, 1), ids.reshape(-1, count))
     return target, probs.reshape(-1, count)
-
-
-def _read_temperature(
-    layout: Layout,
-    temperature: ArrayLike | None,
-    rows: jax.Array | None,
-    dtype: jnp.dtype,
-) -> jax.Array | None:
-    """Returns what divides the logits, [N, 1]: 1 in a dropped row."""
-    if temperature is None:
-        return None
-    function, shape = layout.function, layout.batch_shape
-    if np.ndim(checks.resolved(temperature)) == 0:
-        number = checks.read_number(
-            function, "temperature", temperature, dtype, inside=True
-        )
-        array = jnp.full(shape, number, dtype)
-    else:
-        array = checks.as_real(function, "temperature", temperature).astype(dtype)
-        meaning = f"a number, or {layout.batch_meaning}"
-        checks.check_shape(function, "temperature", array, shape, meaning)
-    array = array.reshape(-1, 1)
-    return array if rows is None else jnp.where(rows, array, 1)
-
-
-def _read_classes(
-    function: str,
-    argument: str,
-    value: ArrayLike | None,
-    classes: int,
-    dtype: jnp.dtype | None = None,
-) -> jax.Array | None:
-    """Returns [1, V] of the given dtype; a mask where there is none."""
-    if value is None:
-        return None
-    if dtype is None:
-        array = checks.as_array(function, argument, value)
-        checks.check_boolean(function, argument, array)
-    else:
-        array = checks.as_real(function, argument, value).astype(dtype)
-    meaning = "one value a class, as the kernel's columns"
-    checks.check_shape(function, argument, array, (classes,), meaning)
-    return array[None]
-
-
-def _read_softcap(
-    function: str, argument: str, softcap: ArrayLike | None, dtype: jnp.dtype
-) -> jax.Array | None:
-    if softcap is None:
-        return None
-    number = checks.read_number(function, argument, softcap, dtype, inside=True)
-    # Below it capped logits would not be normal numbers.
-    lowest = float(jnp.finfo(dtype).tiny / jnp.finfo(dtype).eps)
-    if not isinstance(number, jax.Array) and number < lowest:
-        expected = f"be at least {lowest:.2g} for {dtype}"
-        checks.fail(ValueError, function, argument, expected, repr(softcap))
-    return jnp.asarray(number)
 
 
 def check_reduction(function: str, reduction: str | None) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from xent_jax._arguments import checks
 from xent_jax._arguments.arrays import unwrapped_ids
-from xent_jax._arguments.options import HEAD_AXES
+from xent_jax._arguments.options import axes_of
 from xent_jax._arguments.placement import resharded
 from xent_jax._forms import head_arguments
 from xent_jax._reductions.axis import AxisName
@@ -41,9 +41,9 @@ class Placement(NamedTuple):
 
     def spec(self, name: str) -> jax.P:
         """Returns how an argument is sharded."""
-        of_axes = {"n": self.rows, "v": (self.classes,)}
-        axes = HEAD_AXES[name]
-        return jax.P(*(part for axis in axes for part in of_axes.get(axis, (None,))))
+        mesh_axes = {"n": self.rows, "v": (self.classes,)}
+        parts = (mesh_axes.get(axis, (None,)) for axis in axes_of(name))
+        return jax.P(*(part for of_axis in parts for part in of_axis))
 
 
 def placement_of(
@@ -119,8 +119,8 @@ def apply(
       arguments: by name, as the caller gave them.
       axis_names: `class_axis_name` and, if the function has it, `batch_axis_name`, as
         the caller gave them.
-      read: checks the arguments, but for coefficients of the loss.
-      results: the axes of the results, as in `HEAD_AXES`: a tree.
+      read: checks the arguments.
+      results: the axes of the results, as of the arguments: a tree.
     """
     arguments = {name: checks.resolved(value) for name, value in arguments.items()}
     placement = placement_of(function, arguments, axis_names)
@@ -153,7 +153,7 @@ def _placed(placement: Placement, arguments: dict[str, Any]) -> dict[str, jax.Ar
     arrays = {
         name: checks.as_real(placement.function, name, value)
         for name, value in arguments.items()
-        if isinstance(value, jax.Array) or (HEAD_AXES[name] and np.ndim(value))
+        if isinstance(value, jax.Array) or (axes_of(name) and np.ndim(value))
     }
     return {
         name: resharded(array, _part(placement, name, array), placement.sharded)
@@ -168,14 +168,12 @@ def _part(placement: Placement, name: str, array: jax.Array) -> jax.P:
 
 def _check(function: str, read: Callable[..., Any], arguments: dict[str, Any]) -> None:
     """Raises for bad arguments what is raised without a mesh: of their whole shapes."""
-    others = ("label_smoothing", "z_loss")
-    checked = {name: value for name, value in arguments.items() if name not in others}
     shapes = {
         name: jax.ShapeDtypeStruct(value.shape, value.dtype)
-        for name, value in checked.items()
+        for name, value in arguments.items()
         if isinstance(value, jax.Array)
     }
-    rest = {name: value for name, value in checked.items() if name not in shapes}
+    rest = {name: value for name, value in arguments.items() if name not in shapes}
 
     def check(**arrays: Any) -> None:
         read(function, **arrays, **rest)

@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from xent_jax._forms.head import Layer, Rows, kept_hidden, logits_of, product, target_of
+from xent_jax._arguments.options import LogitOptions, changed
+from xent_jax._forms.head import Layer, Rows, kept_hidden, product, target_of
 from xent_jax._forms.loops import loop, varying, zeros
 from xent_jax._forms.row_gradients import (
     Gradients,
     RowBlocks,
     Small,
-    Wanted,
     alike,
     no_rows,
     only,
@@ -63,8 +63,7 @@ def _value(
 
     def step(total: jax.Array, block: RowBlock) -> tuple[jax.Array, Any]:
         linear = product(block.rows.hidden, kernel)
-        temperature = block.rows.temperature
-        logits = logits_of(linear, layer.bias, layer.softcap, temperature)
+        logits = changed(linear, layer.options, block.rows.options)
         given = _logits_block(first, logits, layer, block.rows)
         target = target_of(block.rows, layer)
         results = row_results(Given(form.kind), given, target)
@@ -128,17 +127,13 @@ def _linear_loss_sum_jvp(
         hidden_dot = kept_hidden(primals[0]._replace(hidden=hidden_dot))
     dots = Gradients(
         hidden_dot,
-        rows_dot.temperature,
+        rows_dot.options,
         layer_dot.kernel,
         Small.of(layer_dot),
         coefficients_dot,
     )
-    wanted = Wanted(
-        dots.hidden is not None,
-        dots.temperature is not None,
-        dots.kernel is not None,
-        tuple(dot is not None for dot in dots.small),
-        tuple(dot is not None for dot in dots.coefficients),
+    wanted = jax.tree.map(
+        lambda dot: dot is not None, dots, is_leaf=lambda dot: dot is None
     )
     total, statistics, gradients = _value_and_gradients(form, wanted, *primals)
     # Those by the coefficients are of all classes, the others of the classes here.
@@ -162,7 +157,7 @@ def _inner(gradients: Any, dots: Any) -> jax.Array | None:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _value_and_gradients(
     form: RowBlocks,
-    wanted: Wanted,
+    wanted: Gradients,
     rows: Rows,
     layer: Layer,
     coefficients: Coefficients,
@@ -177,7 +172,7 @@ def _value_and_gradients(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _by_place(
     form: RowBlocks,
-    wanted: Wanted,
+    wanted: Gradients,
     rows: Rows,
     layer: Layer,
     coefficients: Coefficients,
@@ -194,7 +189,7 @@ def _by_place(
 @functools.partial(_value_and_gradients.defjvp, symbolic_zeros=True)
 def _value_and_gradients_jvp(
     form: RowBlocks,
-    wanted: Wanted,
+    wanted: Gradients,
     primals: tuple[Any, ...],
     tangents: tuple[Any, ...],
 ) -> tuple[Any, Any]:
@@ -206,7 +201,7 @@ def _value_and_gradients_jvp(
 def _scan(
     scan: Any,
     form: RowBlocks,
-    wanted: Wanted,
+    wanted: Gradients,
     rows: Rows,
     layer: Layer,
     coefficients: Coefficients,
@@ -223,7 +218,7 @@ def _scan(
         made = _block_gradients(
             form, first, layer, block.rows, linear, block.coefficients
         )
-        loss, results, linear_bar, temperature_bar, small, coefficients_bar = made
+        loss, results, linear_bar, options_bar, small, coefficients_bar = made
         # As the matmuls take it: in 16 bits where the features are.
         linear_bar = linear_bar.astype(hidden.dtype)
         hidden_bar = None
@@ -238,7 +233,7 @@ def _scan(
         small_bar = jax.tree.map(jnp.add, small_bar, only(wanted.small, small))
         rows_bar = (
             hidden_bar,
-            temperature_bar if wanted.temperature else None,
+            only(wanted.options, options_bar),
             only(wanted.coefficients, coefficients_bar),
         )
         of_rows = rows_bar, _statistics(form, results)
@@ -262,11 +257,11 @@ def _scan(
         blocks,
     )
     count = rows.hidden.shape[0]
-    hidden_bar, temperature_bar, coefficients_bar = jax.tree.map(
+    hidden_bar, options_bar, coefficients_bar = jax.tree.map(
         lambda array: joined(array, form.skip)[:count], rows_bar
     )
     gradients = Gradients(
-        hidden_bar, temperature_bar, kernel_bar, small_bar, coefficients_bar
+        hidden_bar, options_bar, kernel_bar, small_bar, coefficients_bar
     )
     return total, _of_rows(form, rows, statistics), gradients
 
@@ -278,21 +273,19 @@ def _block_gradients(
     rows: Rows,
     linear: jax.Array,
     coefficients: Coefficients,
-) -> tuple[jax.Array, Any, jax.Array, jax.Array | None, Small, Coefficients]:
+) -> tuple[jax.Array, Any, jax.Array, LogitOptions, Small, Coefficients]:
     """Returns the loss of a block, its results, and its gradients by all but features.
 
     Those by the logits and by the layer are what the classes here add: no collective is
     transposed.
     """
-    logits, pull_logits = jax.vjp(
-        logits_of, linear, layer.bias, layer.softcap, rows.temperature
-    )
+    logits, pull_logits = jax.vjp(changed, linear, layer.options, rows.options)
     block = _logits_block(first, logits, layer, rows)
     target = target_of(rows, layer)
     results = row_results(Given(form.kind).differentiated(), block, target)
     loss, factors, coefficients_bar = total_and_factors(results, coefficients)
     slope = form.kind.slope(block, target, results, factors)
-    linear_bar, bias_bar, softcap_bar, temperature_bar = pull_logits(slope)
+    linear_bar, layer_bar, options_bar = pull_logits(slope)
     weights_bar = None
     if layer.class_weights is not None and results.uniform is not None:
         surprise = results.log_normalizer - values_of(block)
@@ -300,5 +293,5 @@ def _block_gradients(
         weights_bar = jnp.sum(weights_bar, axis=0, keepdims=True)
     elif layer.class_weights is not None:
         weights_bar = zeros(layer.class_weights.shape, loss.dtype, layer.class_weights)
-    small = Small(bias_bar, softcap_bar, weights_bar)
-    return loss, results, linear_bar, temperature_bar, small, coefficients_bar
+    small = Small(layer_bar, weights_bar)
+    return loss, results, linear_bar, options_bar, small, coefficients_bar

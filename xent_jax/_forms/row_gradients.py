@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from xent_jax._arguments.options import LogitOptions
 from xent_jax._forms.head import Layer, Rows
 from xent_jax._forms.loops import varying, zeros
 from xent_jax._reductions.precision import accumulation_dtype
@@ -26,40 +27,31 @@ class RowBlocks(NamedTuple):
 class Small(NamedTuple):
     """The layer's differentiable parts that are not the kernel."""
 
-    bias: jax.Array | None
-    softcap: jax.Array | None
-    class_weights: jax.Array | None
+    options: LogitOptions
+    class_weights: Any
 
     @classmethod
     def of(cls, layer: Layer) -> "Small":
         """Returns those of a layer."""
-        return cls(layer.bias, layer.softcap, layer.class_weights)
-
-
-class Wanted(NamedTuple):
-    """Which gradients are wanted; static."""
-
-    hidden: bool
-    temperature: bool
-    kernel: bool
-    small: tuple[bool, ...]
-    coefficients: tuple[bool, ...]
+        return cls(layer.options, layer.class_weights)
 
 
 class Gradients(NamedTuple):
-    """The derivatives of the sum, in the accumulation dtype; `None` if not wanted."""
+    """The derivatives of the sum, in the accumulation dtype; `None` if not wanted.
 
-    hidden: jax.Array | None
-    temperature: jax.Array | None
-    kernel: jax.Array | None
+    Or, static, which of them are wanted.
+    """
+
+    hidden: Any
+    options: LogitOptions  # of the rows
+    kernel: Any
     small: Small
     coefficients: Coefficients
 
 
-def only(wanted: tuple[bool, ...], values: Any) -> Any:
-    """Returns a named tuple, with `None` for what is not wanted."""
-    pairs = zip(wanted, values, strict=True)
-    return type(values)(*(value if want else None for want, value in pairs))
+def only(wanted: Any, values: Any) -> Any:
+    """Returns a tree of values, with `None` for what is not wanted."""
+    return jax.tree.map(lambda want, value: value if want else None, wanted, values)
 
 
 def no_rows(rows: Rows, coefficients: Coefficients) -> jax.Array:
@@ -98,8 +90,8 @@ def alike(
     them where it is made, and once more by the derivative of the sum.
     """
     arguments = rows, layer, coefficients
-    hidden, temperature = jax.tree.map(
-        lambda array: varying(array, arguments), (rows.hidden, rows.temperature)
+    hidden, options = jax.tree.map(
+        lambda array: varying(array, arguments), (rows.hidden, rows.options)
     )
     layer = jax.tree.map(lambda array: varying(array, arguments), layer)
     rows, coefficients = jax.tree.map(
@@ -110,5 +102,5 @@ def alike(
     coefficients = jax.tree.map(
         lambda array: varying(array, (rows.target, rows.keep)), coefficients
     )
-    rows = rows._replace(hidden=hidden, temperature=temperature)
+    rows = rows._replace(hidden=hidden, options=options)
     return rows, layer, coefficients

@@ -52,9 +52,8 @@ def split(rows: Rows, coefficients: Any, size: int, together: bool) -> RowBlock:
         )
 
     rows, coefficients = jax.tree.map(part, (rows, coefficients))
-    if not whole and rows.temperature is not None:
-        temperature = jnp.where(rows.keep, rows.temperature, 1)
-        rows = rows._replace(temperature=temperature)
+    if not whole:
+        rows = rows._replace(options=rows.options.where(rows.keep, "n"))
     return RowBlock(rows, coefficients, None)
 
 

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from xent_jax._arguments import arrays, checks
-from xent_jax._arguments.arrays import Axis
+from xent_jax._arguments import checks
+from xent_jax._arguments.arrays import Axis, Layout
+from xent_jax._forms.logits_arguments import changed_logits, read_given
 from xent_jax._forms.rows import Given, row_results
 from xent_jax._reductions.axis import AxisName
 from xent_jax._reductions.precision import accumulation_dtype
-from xent_jax._targets.block import block_of
 from xent_jax._targets.teacher import Target, Teacher
 
 Direction = Literal["forward", "reverse"]
@@ -61,7 +61,8 @@ def softmax_kl_divergence(
         count, in both distributions; a row with nothing kept has loss and gradient 0).
       direction: `"forward"`, KL(teacher ‖ student), or `"reverse"`, KL(student ‖
         teacher).
-      temperature: Positive. Divides both logits, in float32.
+      temperature: Positive; a number, or one a row in the shape of `logits` without
+        `axis`. Divides both logits, in float32.
       class_axis_name: Inside `jax.shard_map`, the mesh axis (or axes) that the class
         axis is sharded over. Both logits and a `where` of their shape are then this
         shard's, of which all have as many classes. The loss is the same on all shards.
@@ -96,19 +97,15 @@ def softmax_kl_divergence(
       Hinton, Vinyals and Dean, *Distilling the Knowledge in a Neural Network*, 2015.
     """
     function = "softmax_kl_divergence"
-    array, layout = arrays.read_logits(
-        function, "logits", logits, axis, class_axis_name
-    )
     check_direction(function, direction)
-    keep = arrays.read_where(layout, where)
-    teacher = read_teacher(layout, teacher_logits, array.dtype)
-    number = checks.read_number(
-        function, "temperature", temperature, teacher.dtype, inside=True
+    temperature = checks.resolved(temperature)
+    if isinstance(temperature, jax.Array):
+        temperature = jax.lax.stop_gradient(temperature)
+    layout, _, block, options = read_given(
+        function, logits, axis, where, class_axis_name, temperature=temperature
     )
-    if isinstance(number, jax.Array) or number != 1:
-        number = jax.lax.stop_gradient(jnp.asarray(number))
-        array, teacher = array.astype(teacher.dtype) / number, teacher / number
-    block = block_of(array, layout.class_axis, keep.classes, keep.rows)
+    teacher = read_teacher(layout, teacher_logits, block.logits.dtype)
+    teacher = changed_logits(teacher, options)
     kind = Teacher(layout.class_axis, reverse=direction == "reverse")
     return layout.squeeze(row_results(Given(kind), block, Target(teacher)).loss)
 
@@ -121,7 +118,7 @@ def check_direction(function: str, direction: str) -> None:
 
 
 def read_teacher(
-    layout: arrays.Layout, teacher_logits: ArrayLike, dtype: jnp.dtype
+    layout: Layout, teacher_logits: ArrayLike, dtype: jnp.dtype
 ) -> jax.Array:
     """Returns the teacher's logits, in the accumulation dtype, as constants."""
     name = "teacher_logits"

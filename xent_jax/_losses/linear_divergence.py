@@ -6,22 +6,20 @@ import functools
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from xent_jax._forms import head_arguments, meshes
 from xent_jax._forms.head_arguments import Head
-from xent_jax._forms.row_blocks import linear_loss_sum
 from xent_jax._forms.rows import row_results
 from xent_jax._losses.divergence import Direction, check_direction
 from xent_jax._losses.linear_forms import (
     check_blocks,
     class_blocks_form,
-    reduced,
+    reduced_loss,
     row_blocks_form,
+    rows_of,
 )
 from xent_jax._reductions.axis import AxisName
-from xent_jax._reductions.precision import accumulation_dtype
 from xent_jax._targets.class_ids import Coefficients, combined
 from xent_jax._targets.teacher import Teacher
 
@@ -157,8 +155,8 @@ def _read(function: str, **arguments: Any) -> Head:
     """Returns the checked arguments of both layers."""
     teacher = {name: arguments.pop(name) for name in _OF_TEACHER}
     head = head_arguments.read_head(function, teacher=teacher, **arguments)
-    fixed = jax.tree.map(jax.lax.stop_gradient, head.rows.temperature)
-    return head._replace(rows=head.rows._replace(temperature=fixed))
+    fixed = jax.tree.map(jax.lax.stop_gradient, head.rows.options)
+    return head._replace(rows=head.rows._replace(options=fixed))
 
 
 def _divergence(
@@ -182,11 +180,6 @@ def _divergence(
         return combined(results, coefficients).reshape(head.batch_shape)
     skip = arguments["where"] is not None
     form = row_blocks_form(function, head, blocks[0], kind, skip=skip)
-    dtype = accumulation_dtype(head.rows.hidden.dtype)
-    weights = jnp.ones((head.rows.hidden.shape[0], 1), dtype)
-    if head.weights is not None:
-        weights = weights * head.weights
-    coefficients = Coefficients(weights, None, None)
-    total, _ = linear_loss_sum(form, head.rows, head.layer, coefficients)
-    mass = weights if reduction == "mean" else None
-    return reduced(total, mass, head, batch_axis_name)
+    coefficients = rows_of(head, coefficients)
+    mass = coefficients.loss if reduction == "mean" else None
+    return reduced_loss(form, head, coefficients, mass, batch_axis_name)[0]

@@ -4,9 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
-from xent_jax._arguments import arrays, checks
+from xent_jax._arguments import checks
 from xent_jax._forms import head_arguments
 from xent_jax._forms.class_blocks import ClassBlocks
 from xent_jax._forms.head import class_total
@@ -26,8 +25,6 @@ def linear_loss(
     reduction: str | None,
     blocks: tuple[int | None, int | None],
     *,
-    label_smoothing: ArrayLike,
-    z_loss: ArrayLike,
     with_statistics: bool = False,
     batch_axis_name: AxisName = None,
     **arguments: Any,
@@ -38,8 +35,6 @@ def linear_loss(
       function: what messages call it.
       reduction: `None`, "mean" or "sum".
       blocks: the caller's `row_block` and `class_block`.
-      label_smoothing: as the caller's.
-      z_loss: as the caller's.
       with_statistics: as the caller's.
       batch_axis_name: as the caller's.
       **arguments: of `read_head`.
@@ -49,70 +44,77 @@ def linear_loss(
     )
     head = head_arguments.read_head(function, **arguments)
     label_weights = _label_weights(head)
-    coefficients = _coefficients(function, head, label_weights, label_smoothing, z_loss)
-    uniform = coefficients.uniform is not None
-    row_block, class_block = blocks
+    coefficients = _coefficients(head, label_weights)
+    kind = ClassIds(
+        head.classes,
+        uniform=coefficients.uniform is not None,
+        entropy=with_statistics,
+        prediction=with_statistics,
+    )
     if reduction is None:
-        kind = _kind(head, uniform, with_statistics)
-        form = class_blocks_form(function, head, class_block, kind)
+        form = class_blocks_form(function, head, blocks[1], kind)
         results = row_results(form, head.rows, head.layer)
         loss = combined(results, coefficients).reshape(head.batch_shape)
-        return (loss, _statistics(head, results)) if with_statistics else loss
-    kind, skip = _kind(head, uniform, with_statistics), arguments["where"] is not None
-    form = row_blocks_form(function, head, row_block, kind, skip=skip)
-    form = form._replace(statistics=with_statistics)
-    dtype = accumulation_dtype(head.rows.hidden.dtype)
-    ones = jnp.ones((head.rows.hidden.shape[0], 1), dtype)
-    coefficients = Coefficients(
-        *(None if factor is None else factor * ones for factor in coefficients)
-    )
-    if coefficients.loss is None and coefficients.others is None:
-        coefficients = coefficients._replace(loss=ones)
-    mass = None
-    if reduction == "mean":
-        # Of targets that are several ids, the weights of the rows alone.
-        factor = label_weights if head.label_probs is None else head.weights
-        mass = ones if factor is None else factor * ones
-    if mass is None or head.rows.hidden.dtype == jnp.float16:
-        # Gradients of logits that are divided would underflow in float16.
-        total, results = linear_loss_sum(form, head.rows, head.layer, coefficients)
-        loss = reduced(total, mass, head, batch_axis_name)
     else:
-        mass = _kept_mass(mass, head, batch_axis_name)
-        # A division of the kernel's gradient would be a pass over it.
-        coefficients = jax.tree.map(lambda c: c / _divisor(mass), coefficients)
-        total, results = linear_loss_sum(form, head.rows, head.layer, coefficients)
-        loss = jnp.where(mass == 0, 0, psum(total, batch_axis_name))
+        skip = arguments["where"] is not None
+        form = row_blocks_form(function, head, blocks[0], kind, skip=skip)
+        form = form._replace(statistics=with_statistics)
+        mass = None
+        if reduction == "mean":
+            # Of targets that are several ids, the weights of the rows alone.
+            mass = label_weights if head.label_probs is None else head.weights
+            mass = _ones(head) if mass is None else mass * _ones(head)
+        coefficients = rows_of(head, coefficients)
+        loss, results = reduced_loss(form, head, coefficients, mass, batch_axis_name)
     return (loss, _statistics(head, results)) if with_statistics else loss
 
 
-def reduced(
-    total: jax.Array, mass: jax.Array | None, head: Head, batch_axis_name: AxisName
-) -> jax.Array:
-    """Returns the sum over all devices, or the mean over the mass of the kept rows."""
+def _ones(head: Head) -> jax.Array:
+    """Returns 1 for every row, [N, 1]."""
+    hidden = head.rows.hidden
+    return jnp.ones((hidden.shape[0], 1), accumulation_dtype(hidden.dtype))
+
+
+def rows_of(head: Head, coefficients: Coefficients) -> Coefficients:
+    """Returns the coefficients as numbers of every row; one of them is the loss's."""
+    coefficients = jax.tree.map(lambda factor: factor * _ones(head), coefficients)
+    if coefficients.loss is None and coefficients.others is None:
+        return coefficients._replace(loss=_ones(head))
+    return coefficients
+
+
+def reduced_loss(
+    form: RowBlocks,
+    head: Head,
+    coefficients: Coefficients,
+    mass: jax.Array | None,
+    batch_axis_name: AxisName,
+) -> tuple[jax.Array, Any]:
+    """Returns the sum over the rows, or the mean, and the results of the rows.
+
+    Args:
+      form: of the head.
+      head: the arguments.
+      coefficients: [N, 1].
+      mass: [N, 1]; the mean divides by its sum over the kept rows of all devices.
+      batch_axis_name: the mesh axes that rows are sharded over.
+    """
+    divisor = None
+    if mass is not None:
+        if head.rows.keep is not None:
+            mass = jnp.where(head.rows.keep, mass, 0)
+        mass = psum(jnp.sum(mass), batch_axis_name)
+        divisor = jnp.where(mass == 0, 1, mass)
+    # A division of the kernel's gradient would be a pass over it, but the gradients of
+    # logits that are divided would underflow in float16.
+    early = divisor is not None and head.rows.hidden.dtype != jnp.float16
+    if early:
+        coefficients = jax.tree.map(lambda factor: factor / divisor, coefficients)
+    total, results = linear_loss_sum(form, head.rows, head.layer, coefficients)
     total = psum(total, batch_axis_name)
-    if mass is None:
-        return total
-    # One by one: jax 0.7.2 does not transpose a sum of two of which one is constant.
-    mass = _kept_mass(mass, head, batch_axis_name)
-    return jnp.where(mass == 0, 0, total / _divisor(mass))
-
-
-def _kept_mass(mass: jax.Array, head: Head, batch_axis_name: AxisName) -> jax.Array:
-    """Returns the sum of the mass of the kept rows over all devices."""
-    if head.rows.keep is not None:
-        mass = jnp.where(head.rows.keep, mass, 0)
-    return psum(jnp.sum(mass), batch_axis_name)
-
-
-def _divisor(mass: jax.Array) -> jax.Array:
-    return jnp.where(mass == 0, 1, mass)
-
-
-def _kind(head: Head, uniform: bool, with_statistics: bool) -> ClassIds:
-    return ClassIds(
-        head.classes, uniform, entropy=with_statistics, prediction=with_statistics
-    )
+    if divisor is None:
+        return total, results
+    return jnp.where(mass == 0, 0, total if early else total / divisor), results
 
 
 def _statistics(head: Head, results: Results) -> SoftmaxStatistics:
@@ -177,19 +179,9 @@ def check_blocks(
         checks.fail(ValueError, function, "batch_axis_name", expected, got)
 
 
-def _coefficients(
-    function: str,
-    head: Head,
-    label_weights: jax.Array | None,
-    label_smoothing: ArrayLike,
-    z_loss: ArrayLike,
-) -> Coefficients:
-    """Returns what the terms are multiplied by, of shapes that broadcast to [N, 1]."""
-    dtype = head.rows.hidden.dtype
-    smoothing = arrays.read_scalar(
-        function, "label_smoothing", label_smoothing, dtype, highest=1
-    )
-    z_coefficient = arrays.read_scalar(function, "z_loss", z_loss, dtype)
+def _coefficients(head: Head, label_weights: jax.Array | None) -> Coefficients:
+    """Returns what the results are multiplied by, which broadcasts to [N, 1]."""
+    smoothing, z_loss = head.options["label_smoothing"], head.options["z_loss"]
     own, uniform, others = label_weights, None, None
     if head.label_probs is not None:
         others = _times(label_weights, head.label_probs)
@@ -202,7 +194,7 @@ def _coefficients(
         unweighted = head.layer._replace(class_weights=None)
         count = class_total(unweighted, smoothing.dtype, head.classes)
         uniform = _times(head.weights, smoothing / jnp.maximum(count, 1))
-    square = None if z_coefficient is None else _times(head.weights, z_coefficient)
+    square = None if z_loss is None else _times(head.weights, z_loss)
     return Coefficients(own, uniform, square, others)
 
 

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from xent_jax._arguments import arrays, checks, placement
 from xent_jax._arguments.arrays import Axis
+from xent_jax._arguments.options import read_option
 from xent_jax._reductions.classes import unfused
 from xent_jax._reductions.lowering import on_one_device
 from xent_jax._reductions.precision import accumulation_dtype, nan_where, scaled
@@ -75,7 +76,7 @@ def nll_loss(
     array, layout = arrays.read_logits(function, "log_probs", log_probs, axis)
     keep = arrays.read_where(layout, where)
     ids = arrays.read_class_ids(layout, labels, keep)
-    weights = arrays.read_class_weights(layout, class_weights, array.dtype)
+    weights = read_option(layout, array.dtype, "class_weights", class_weights)
     ids_here = class_ids(array, layout.axis, 0)
     block = Block(array, ids_here, keep.classes, keep.rows, weights)
     return layout.squeeze(_surprise(layout.axis, block, ids))

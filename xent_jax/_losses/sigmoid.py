@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from xent_jax._arguments import arrays, checks, placement
+from xent_jax._arguments.options import read_number
 from xent_jax._reductions.classes import unfused
 from xent_jax._reductions.lowering import on_one_device
 from xent_jax._reductions.precision import accumulation_dtype, scaled
@@ -82,9 +83,7 @@ def sigmoid_binary_cross_entropy(
     keep = arrays.read_mask(function, where, array.shape, meaning, array)
     if keep is not None:
         targets = jnp.where(keep, targets, 0)
-    smoothing = arrays.read_scalar(
-        function, "label_smoothing", label_smoothing, dtype, highest=1
-    )
+    smoothing = read_number(function, "label_smoothing", label_smoothing, dtype)
     if smoothing is not None:
         targets = (1 - smoothing) * targets + smoothing / 2
     weight = None if pos_weight is None else _read_pos_weight(pos_weight, array)

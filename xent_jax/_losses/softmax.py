@@ -9,9 +9,10 @@ from jax.typing import ArrayLike
 from xent_jax._arguments import arrays
 from xent_jax._arguments.arrays import Axis
 from xent_jax._forms.linearized import linearized_loss
+from xent_jax._forms.logits_arguments import read_given
 from xent_jax._forms.rows import Given, row_results
 from xent_jax._reductions.axis import AxisName
-from xent_jax._targets.block import block_of, zero_where_dropped
+from xent_jax._targets.block import zero_where_dropped
 from xent_jax._targets.class_ids import ClassIds, Coefficients, combined
 from xent_jax._targets.dense import DenseTargets
 from xent_jax._targets.rivals import Labels
@@ -93,33 +94,34 @@ def softmax_cross_entropy(
       Szegedy et al., *Rethinking the Inception Architecture*, 2016 (smoothing).
       Chowdhery et al., *PaLM*, 2022, section 5 (z-loss).
     """
-    function = "softmax_cross_entropy"
-    array, layout = arrays.read_logits(
-        function, "logits", logits, axis, class_axis_name
+    given = read_given(
+        "softmax_cross_entropy",
+        logits,
+        axis,
+        where,
+        class_axis_name,
+        label_smoothing=label_smoothing,
+        class_weights=class_weights,
+        z_loss=z_loss,
     )
-    keep = arrays.read_where(layout, where)
-    targets = arrays.read_targets(layout, labels, array.dtype)
-    block = block_of(array, layout.class_axis, keep.classes, keep.rows)
+    layout, _, block, options = given
+    targets = arrays.read_targets(layout, labels, block.logits.dtype)
     targets = zero_where_dropped(targets, block)
-    smoothing = arrays.read_scalar(
-        function, "label_smoothing", label_smoothing, array.dtype, highest=1
-    )
-    weights = arrays.read_class_weights(layout, class_weights, array.dtype)
-    coefficient = arrays.read_scalar(function, "z_loss", z_loss, array.dtype)
+    smoothing, weights = options["label_smoothing"], block.class_weights
     share = None if smoothing is None else 1 - smoothing
     if weights is not None:
         share = weights if share is None else share * weights
     if share is not None:
-        targets = _share(share, targets, array)
-    if smoothing is not None:
-        uniform = smoothing / arrays.count_classes(layout, keep, array.dtype)
+        targets = _share(share, targets, block.logits)
+    uniform = given.uniform()
+    if uniform is not None:
         if weights is not None:
-            uniform = _share(weights, uniform, array)
+            uniform = _share(weights, uniform, block.logits)
         targets = targets + uniform
     results = row_results(Given(DenseTargets(layout.class_axis)), block, targets)
     loss = results.loss
-    if coefficient is not None:
-        loss = loss + coefficient * jnp.square(results.log_normalizer)
+    if options["z_loss"] is not None:
+        loss = loss + options["z_loss"] * jnp.square(results.log_normalizer)
     return layout.squeeze(loss)
 
 
@@ -207,32 +209,30 @@ def softmax_cross_entropy_with_integer_labels(
       Szegedy et al., *Rethinking the Inception Architecture*, 2016 (smoothing).
       Chowdhery et al., *PaLM*, 2022, section 5 (z-loss).
     """
-    function = "softmax_cross_entropy_with_integer_labels"
-    array, layout = arrays.read_logits(
-        function, "logits", logits, axis, class_axis_name
+    given = read_given(
+        "softmax_cross_entropy_with_integer_labels",
+        logits,
+        axis,
+        where,
+        class_axis_name,
+        label_smoothing=label_smoothing,
+        class_weights=class_weights,
+        z_loss=z_loss,
     )
-    keep = arrays.read_where(layout, where)
+    layout, keep, block, options = given
     ids = arrays.read_class_ids(layout, labels, keep)
-    smoothing = arrays.read_scalar(
-        function, "label_smoothing", label_smoothing, array.dtype, highest=1
-    )
-    weights = arrays.read_class_weights(layout, class_weights, array.dtype)
-    coefficient = arrays.read_scalar(function, "z_loss", z_loss, array.dtype)
+    smoothing = options["label_smoothing"]
     kind = ClassIds(
         layout.class_axis,
         uniform=smoothing is not None,
-        label_weight=weights is not None,
+        label_weight=block.class_weights is not None,
     )
-    block = block_of(array, layout.class_axis, keep.classes, keep.rows)
-    block = block._replace(class_weights=weights)
     results = row_results(Given(kind), block, Labels(ids))
-    own, uniform = results.label_weight, None
+    own = results.label_weight
     if smoothing is not None:
         own = 1 - smoothing if own is None else (1 - smoothing) * own
-        uniform = smoothing / arrays.count_classes(layout, keep, array.dtype)
-    coefficients = Coefficients(own, uniform, coefficient)
-    loss = combined(results, coefficients, layout.axis)
-    return layout.squeeze(loss)
+    coefficients = Coefficients(own, given.uniform(), options["z_loss"])
+    return layout.squeeze(combined(results, coefficients, layout.axis))
 
 
 @jax.named_scope("linearized_softmax_cross_entropy")

@@ -8,9 +8,10 @@ from jax.typing import ArrayLike
 
 from xent_jax._arguments import arrays
 from xent_jax._arguments.arrays import Axis, SparseTargets
+from xent_jax._forms.logits_arguments import read_given
 from xent_jax._forms.rows import Given, row_results
 from xent_jax._reductions.axis import AxisName, ClassAxis, psum
-from xent_jax._targets.block import Block, block_of
+from xent_jax._targets.block import Block
 from xent_jax._targets.class_ids import ClassIds, Coefficients, combined
 from xent_jax._targets.rivals import Labels, values_at
 
@@ -100,29 +101,29 @@ def softmax_cross_entropy_with_sparse_targets(
       Hinton, Vinyals and Dean, *Distilling the Knowledge in a Neural Network*, 2015.
       Zhang et al., *mixup: Beyond Empirical Risk Minimization*, 2018.
     """
-    function = "softmax_cross_entropy_with_sparse_targets"
-    array, layout = arrays.read_logits(
-        function, "logits", logits, axis, class_axis_name
+    given = read_given(
+        "softmax_cross_entropy_with_sparse_targets",
+        logits,
+        axis,
+        where,
+        class_axis_name,
+        label_smoothing=label_smoothing,
+        class_weights=class_weights,
+        z_loss=z_loss,
     )
-    keep = arrays.read_where(layout, where)
+    layout, keep, block, options = given
+    names = "indices", "probs"
     target = arrays.read_sparse_targets(
-        layout, ("indices", "probs"), indices, probs, keep, array.dtype
+        layout, names, indices, probs, keep, block.logits.dtype
     )
-    smoothing = arrays.read_scalar(
-        function, "label_smoothing", label_smoothing, array.dtype, highest=1
-    )
-    weights = arrays.read_class_weights(layout, class_weights, array.dtype)
-    coefficient = arrays.read_scalar(function, "z_loss", z_loss, array.dtype)
+    smoothing = options["label_smoothing"]
     kind = ClassIds(layout.class_axis, uniform=smoothing is not None)
-    block = block_of(array, layout.class_axis, keep.classes, keep.rows)
-    block = block._replace(class_weights=weights)
     labels = Labels.of(target.own, target.ids)
     results = row_results(Given(kind), block, labels)
-    others, uniform = _weighted(layout.class_axis, block, target), None
+    others = _weighted(layout.class_axis, block, target)
     if smoothing is not None:
         others = (1 - smoothing) * others
-        uniform = smoothing / arrays.count_classes(layout, keep, array.dtype)
-    coefficients = Coefficients(None, uniform, coefficient, others)
+    coefficients = Coefficients(None, given.uniform(), options["z_loss"], others)
     return layout.squeeze(combined(results, coefficients, layout.axis))
 
 

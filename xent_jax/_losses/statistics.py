@@ -10,9 +10,9 @@ from jax.typing import ArrayLike
 
 from xent_jax._arguments import arrays
 from xent_jax._arguments.arrays import Axis
+from xent_jax._forms.logits_arguments import read_given
 from xent_jax._forms.rows import Given, row_results
 from xent_jax._reductions.axis import AxisName
-from xent_jax._targets.block import block_of
 from xent_jax._targets.class_ids import ClassIds, Results
 from xent_jax._targets.rivals import Labels
 
@@ -111,12 +111,8 @@ def softmax_statistics(
       [1 1]
     """
     function = "softmax_statistics"
-    array, layout = arrays.read_logits(
-        function, "logits", logits, axis, class_axis_name
-    )
-    keep = arrays.read_where(layout, where)
+    layout, keep, block, _ = read_given(function, logits, axis, where, class_axis_name)
     ids = arrays.read_class_ids(layout, labels, keep)
     kind = ClassIds(layout.class_axis, entropy=True, prediction=True)
-    block = block_of(array, layout.class_axis, keep.classes, keep.rows)
     statistics = SoftmaxStatistics.of(row_results(Given(kind), block, Labels(ids)))
     return jax.tree.map(layout.squeeze, statistics)

@@ -5,10 +5,11 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from xent_jax._forms.head import Layer, Rows
-from xent_jax._forms.row_gradients import RowBlocks, Wanted
+from xent_jax._forms.row_gradients import Gradients, RowBlocks
 from xent_jax._forms.tpu.tiling import LANES, tiling_of
 from xent_jax._reductions.lowering import Place
 
@@ -16,19 +17,17 @@ from xent_jax._reductions.lowering import Place
 SWITCH = "XENT_JAX_TPU_KERNELS"
 
 
-def are_for(form: RowBlocks, wanted: Wanted, rows: Rows, layer: Layer) -> bool:
+def are_for(form: RowBlocks, wanted: Gradients, rows: Rows, layer: Layer) -> bool:
     """Returns whether the kernels make the gradients that are wanted of such a head."""
-    _, softcap, class_weights = wanted.small
     sizes = (*rows.hidden.shape, layer.kernel.shape[1])
     return (
         wanted.hidden
         and wanted.kernel
-        and not (softcap or class_weights)
+        and not wanted.small.class_weights
         and not form.statistics
         and layer.teacher is None
         and rows.target.others is None
-        and layer.softcap is None
-        and rows.temperature is None
+        and not jax.tree.leaves((layer.options._replace(bias=None), rows.options))
         and rows.hidden.dtype == jnp.bfloat16
         and layer.kernel.dtype in (jnp.bfloat16, jnp.float32)
         and all(isinstance(size, int) and size > 0 for size in sizes)
@@ -37,7 +36,7 @@ def are_for(form: RowBlocks, wanted: Wanted, rows: Rows, layer: Layer) -> bool:
 
 
 def kernels_at(
-    place: Place, form: RowBlocks, wanted: Wanted, rows: Rows, layer: Layer
+    place: Place, form: RowBlocks, wanted: Gradients, rows: Rows, layer: Layer
 ) -> Callable[..., Any] | None:
     """Returns the function of rows, layer and coefficients that is the kernels.
 

@@ -5,13 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from xent_jax._arguments.options import LogitOptions
 from xent_jax._forms.head import Layer, Rows, kept_hidden
 from xent_jax._forms.loops import zeros
 from xent_jax._forms.row_gradients import (
     Gradients,
     RowBlocks,
     Small,
-    Wanted,
     alike,
     no_rows,
     only,
@@ -33,7 +33,7 @@ from xent_jax._targets.class_ids import Coefficients
 def value_and_gradients(
     tiling: Tiling,
     form: RowBlocks,
-    wanted: Wanted,
+    wanted: Gradients,
     rows: Rows,
     layer: Layer,
     coefficients: Coefficients,
@@ -45,7 +45,7 @@ def value_and_gradients(
     Args:
       tiling: static; its blocks stand for those of `form`.
       form: static.
-      wanted: static; features and kernel are, softcap and class weights are not.
+      wanted: static; features and kernel are, class weights are not.
       rows: N of them, of bfloat16 features.
       layer: with a kernel of bfloat16 or float32.
       coefficients: [N, 1].
@@ -54,7 +54,7 @@ def value_and_gradients(
     hidden, kernel = rows.hidden, layer.kernel
     count, blocks = hidden.shape[0], -(-hidden.shape[0] // tiling.rows)
     narrow = kernel.dtype == hidden.dtype
-    plan = Plan(tiling, form.kind, wanted.small[0], narrow)
+    plan = Plan(tiling, form.kind, wanted.small.options.bias is True, narrow)
     classes = _classes(plan, layer, hidden.dtype)
     memory = _memory(plan, hidden, kernel.shape, blocks)
     rows, coefficients = _in_whole_blocks(rows, coefficients, blocks * tiling.rows)
@@ -79,9 +79,9 @@ def value_and_gradients(
     kernel_bar = memory.kept if memory.result is None else memory.result
     gradients = Gradients(
         sums.hidden[:count].astype(jnp.float32),
-        None,
+        LogitOptions(),
         kernel_bar.astype(jnp.float32) if narrow else memory.total,
-        Small(sums.bias, None, None),
+        Small(LogitOptions(bias=sums.bias), None),
         jax.tree.map(lambda array: array[:count], sums.coefficients),
     )
     return sums.loss, None, gradients
@@ -92,7 +92,7 @@ def _classes(plan: Plan, layer: Layer, dtype: jnp.dtype) -> Classes:
     tiling, count, mask = plan.tiling, layer.kernel.shape[1], layer.class_mask
     ragged = count % tiling.classes != 0
     nothing = zeros((1, count), jnp.float32, layer.kernel)
-    offset = layer.bias
+    offset = layer.options.bias
     if mask is not None:
         offset = jnp.where(mask, nothing if offset is None else offset, -jnp.inf)
     elif offset is None and ragged:
@@ -176,7 +176,7 @@ def _order(
 
 def _nothing(
     plan: Plan,
-    wanted: Wanted,
+    wanted: Gradients,
     classes: Classes,
     rows: Rows,
     coefficients: Coefficients,
