@@ -1,6 +1,7 @@
 """Rows and classes sharded under plain `jax.jit`, on Auto and on Explicit meshes."""
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -36,28 +37,37 @@ LOSSES = {
     "binary": (xent_jax.binary_cross_entropy, "targets", {}),
     "linearized": (xent_jax.linearized_softmax_cross_entropy, "targets", {}),
 }
-# The linearized loss takes no mask; that of an elementwise loss has its input's shape.
 # On every version of JAX an option runs with all the others, and alone on one.
 ALONE = ("smoothing", "weights", "z_loss")
-MASKED = [
-    pytest.param(
-        name,
-        mask,
-        marks=[pytest.mark.once, pytest.mark.exhaustive]
-        if name.endswith(ALONE)
-        else [],
-    )
-    for name in LOSSES
-    for mask in (None, "rows", "classes")
-    if mask is None
-    or not (name == "linearized" or (mask == "rows" and name in ("sigmoid", "binary")))
-]
-# "both" has all there is to go wrong; the others say what did.
-EACH_SPEC = [
-    pytest.param("rows", marks=pytest.mark.exhaustive),
-    pytest.param("classes", marks=pytest.mark.exhaustive),
-    "both",
-]
+KINDS = ("Auto", "Explicit")
+LARGE = pytest.mark.exhaustive
+WITHOUT = [("linearized", "rows"), ("linearized", "classes")]
+WITHOUT += [("sigmoid", "rows"), ("binary", "rows")]
+
+
+def _shardings() -> list:
+    """Every loss with every mask it takes, sharded over both axes and over each.
+
+    Both axes have all there is to go wrong; each alone, on one kind of mesh, tells what
+    did.
+    """
+    every = []
+    for name, mask in itertools.product(LOSSES, (None, "rows", "classes")):
+        # The linearized loss takes no mask; an elementwise loss one of its shape.
+        if (name, mask) in WITHOUT:
+            continue
+        index = len(every) // 4 % 2
+        once = [pytest.mark.once, LARGE] if name.endswith(ALONE) else []
+        for spec, kind, marks in (
+            ("both", "Auto", []),
+            ("both", "Explicit", []),
+            ("rows", KINDS[index], [LARGE]),
+            ("classes", KINDS[1 - index], [LARGE]),
+        ):
+            every.append(pytest.param(name, mask, spec, kind, marks=[*once, *marks]))
+    return every
+
+
 SPECS = {"rows": ("a", None), "classes": (None, "a"), "both": ("a", "b")}
 
 
@@ -151,9 +161,7 @@ def test_many_classes_over_any_number_of_shards(shards, classes, name, kind):
     assert module.collective_kinds == {"all-reduce"}
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("spec", EACH_SPEC)
-@pytest.mark.parametrize(("name", "mask"), MASKED)
+@pytest.mark.parametrize(("name", "mask", "spec", "kind"), _shardings())
 def test_sharded_is_unsharded(name, mask, spec, kind):
     shape = (8, 1) if spec == "rows" else (1, 8) if spec == "classes" else (2, 4)
     names = ("a", "b") if spec != "classes" else ("b", "a")

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mesh_cases import (
+    CASES,
     DATA,
     VOCAB,
     MeshCase,
     assert_same,
     derivatives,
-    every_case,
     expected_of,
     mesh_of,
     parted,
@@ -24,11 +24,21 @@ from mesh_cases import (
     total_of,
 )
 
-MANUAL = [
-    pytest.param((DATA,), id=DATA, marks=pytest.mark.exhaustive),
-    pytest.param((VOCAB,), id=VOCAB, marks=pytest.mark.exhaustive),
-    pytest.param((DATA, VOCAB), id=f"{DATA}-{VOCAB}"),
-]
+MANUAL = [(DATA,), (VOCAB,), (DATA, VOCAB)]
+
+
+def _splits() -> list:
+    """Every case over every subset of the axes, and once without `check_vma`."""
+    every = []
+    for index, case in enumerate(CASES):
+        unchecked = MANUAL[index % len(MANUAL)]
+        for manual, check_vma in [*((m, True) for m in MANUAL), (unchecked, False)]:
+            marks = [] if len(manual) == 2 and check_vma else [pytest.mark.exhaustive]
+            if not check_vma:
+                marks.append(pytest.mark.once)
+            name = f"{case.name}-{'-'.join(manual)}-{check_vma}"
+            every.append(pytest.param(case, manual, check_vma, id=name, marks=marks))
+    return every
 
 
 @pytest.fixture(autouse=True)
@@ -78,12 +88,7 @@ class Split:
         return jax.grad(total)(moving)
 
 
-@pytest.mark.parametrize(
-    "check_vma",
-    [True, pytest.param(False, marks=[pytest.mark.once, pytest.mark.exhaustive])],
-)
-@pytest.mark.parametrize("manual", MANUAL)
-@every_case
+@pytest.mark.parametrize(("case", "manual", "check_vma"), _splits())
 def test_is_unsharded(case, manual, check_vma):
     mesh = mesh_of((2, 4), "Auto")
     split = Split(case, manual, check_vma)

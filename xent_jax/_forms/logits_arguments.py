@@ -48,7 +48,6 @@ def read_given(
     block = block_of(
         changed_logits(array, read), layout.class_axis, keep.classes, keep.rows
     )
-    block = block._replace(class_weights=read.get("class_weights"))
     return GivenLogits(layout, keep, block, read)
 
 

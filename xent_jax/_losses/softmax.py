@@ -107,7 +107,7 @@ def softmax_cross_entropy(
     layout, _, block, options = given
     targets = arrays.read_targets(layout, labels, block.logits.dtype)
     targets = zero_where_dropped(targets, block)
-    smoothing, weights = options["label_smoothing"], block.class_weights
+    smoothing, weights = options["label_smoothing"], options["class_weights"]
     share = None if smoothing is None else 1 - smoothing
     if weights is not None:
         share = weights if share is None else share * weights
@@ -221,11 +221,12 @@ def softmax_cross_entropy_with_integer_labels(
     )
     layout, keep, block, options = given
     ids = arrays.read_class_ids(layout, labels, keep)
-    smoothing = options["label_smoothing"]
+    smoothing, weights = options["label_smoothing"], options["class_weights"]
+    block = block._replace(class_weights=weights)
     kind = ClassIds(
         layout.class_axis,
         uniform=smoothing is not None,
-        label_weight=block.class_weights is not None,
+        label_weight=weights is not None,
     )
     results = row_results(Given(kind), block, Labels(ids))
     own = results.label_weight

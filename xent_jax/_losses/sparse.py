@@ -116,6 +116,7 @@ def softmax_cross_entropy_with_sparse_targets(
     target = arrays.read_sparse_targets(
         layout, names, indices, probs, keep, block.logits.dtype
     )
+    block = block._replace(class_weights=options["class_weights"])
     smoothing = options["label_smoothing"]
     kind = ClassIds(layout.class_axis, uniform=smoothing is not None)
     labels = Labels.of(target.own, target.ids)
