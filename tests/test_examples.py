@@ -386,6 +386,8 @@ def test_notebook_runs(script: Path, tmp_path: Path):
         assert not missing
 
 
+@pytest.mark.once
+@pytest.mark.exhaustive
 def test_where_it_matters(tmp_path: Path):
     """The claims of README: each number is optax's and then ours."""
     output = run([str(EXAMPLES / "where_it_matters.py")], tmp_path, backend="Agg")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from grids import shortened
 
 import xent_jax
 
@@ -28,7 +29,10 @@ def targets(rng, rows, classes, count):
 )
 @pytest.mark.parametrize(
     ("classes", "count", "rows"),
-    [(2, 1, 3), (2, 5, 4), (37, 8, 5), (257, 33, 6), (4001, 64, 3), (9, 2, 0)],
+    shortened(
+        [(2, 1, 3), (2, 5, 4), (37, 8, 5), (257, 33, 6), (4001, 64, 3), (9, 2, 0)],
+        kept=[(2, 5, 4), (257, 33, 6), (9, 2, 0)],
+    ),
 )
 def test_equals_the_oracle(classes, count, rows, dtype, rng):
     logits = jnp.asarray(3 * rng.standard_normal((rows, classes)), dtype)
@@ -149,7 +153,7 @@ def test_axes(axis, rng):
 
 
 @pytest.mark.parametrize("reduction", [None, "mean", "sum"])
-@pytest.mark.parametrize("count", [1, 5, 40])
+@pytest.mark.parametrize("count", shortened([1, 5, 40], kept=[5]))
 def test_heads_equal_given_logits(count, reduction, rng):
     hidden = rng.standard_normal((7, 6)).astype(np.float32)
     kernel = rng.standard_normal((6, 53)).astype(np.float32)

@@ -26,6 +26,8 @@ def run(*arguments, **environment):
     )
 
 
+@pytest.mark.once
+@pytest.mark.exhaustive
 def test_the_command_passes():
     result = run()
     assert result.returncode == 0, result.stdout + result.stderr
