@@ -125,6 +125,18 @@ def heads(rng, features=(6, 4), rows=9, classes=300):
 
 
 @both
+def test_a_temperature_for_every_row(direction, rng):
+    logits, teacher = rng.standard_normal((2, 4, 3, 6)).astype(np.float32)
+    temperature = rng.uniform(0.5, 2, (4, 6)).astype(np.float32)
+    run = functools.partial(KL, axis=1, direction=direction)
+    loss = run(logits, teacher, temperature=temperature)
+    divided = (one / temperature[:, None] for one in (logits, teacher))
+    np.testing.assert_allclose(loss, run(*divided), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"temperature must have shape \(4, 6\)"):
+        run(logits, teacher, temperature=temperature[0])
+
+
+@both
 @pytest.mark.parametrize("reduction", [None, "mean", "sum"])
 @pytest.mark.parametrize("full", [False, True])
 def test_heads_equal_given_logits(full, reduction, direction, rng):

@@ -169,7 +169,7 @@ def read_option(
     layout: Layout,
     dtype: jnp.dtype,
     name: str,
-    value: ArrayLike | None,
+    value: Any,
     argument: str = "",
 ) -> jax.Array | None:
     """Returns an option that messages call `argument`, of its own name by default.

@@ -211,34 +211,6 @@ def _scan(
     kernel = layer.kernel.astype(rows.hidden.dtype)
     first = form.kind.classes.first(kernel.shape[1])
 
-    def step(carry: Any, block: RowBlock) -> tuple[Any, Any]:
-        total, kernel_bar, small_bar = carry
-        hidden = block.rows.hidden
-        linear = product(hidden, kernel)
-        made = _block_gradients(
-            form, first, layer, block.rows, linear, block.coefficients
-        )
-        loss, results, linear_bar, options_bar, small, coefficients_bar = made
-        # As the matmuls take it: in 16 bits where the features are.
-        linear_bar = linear_bar.astype(hidden.dtype)
-        hidden_bar = None
-        if wanted.hidden:
-            hidden_bar = product(linear_bar, kernel, (1, 1))
-            if block.rows.keep is not None:
-                hidden_bar = jnp.where(block.rows.keep, hidden_bar, 0)
-        if block.transposed is not None:
-            kernel_bar = kernel_bar + product(block.transposed, linear_bar)
-        elif wanted.kernel:
-            kernel_bar = kernel_bar + product(hidden, linear_bar, (0, 0))
-        small_bar = jax.tree.map(jnp.add, small_bar, only(wanted.small, small))
-        rows_bar = (
-            hidden_bar,
-            only(wanted.options, options_bar),
-            only(wanted.coefficients, coefficients_bar),
-        )
-        of_rows = rows_bar, _statistics(form, results)
-        return (total + loss, kernel_bar, small_bar), of_rows
-
     def start(array: jax.Array) -> jax.Array:
         return zeros(array.shape, dtype, array)
 
@@ -247,6 +219,7 @@ def _scan(
         # XLA:CPU is twice as fast where the left factor of half-precision numbers is
         # summed over its last axis, and folds a transposition that it can see.
         blocks = blocks._replace(transposed=blocks.rows.hidden.swapaxes(1, 2))
+    step = functools.partial(_step, form, wanted, first, layer, kernel)
     (total, kernel_bar, small_bar), (rows_bar, statistics) = scan(
         jax.checkpoint(_step_of(form, step), prevent_cse=False),
         (
@@ -264,6 +237,46 @@ def _scan(
         hidden_bar, options_bar, kernel_bar, small_bar, coefficients_bar
     )
     return total, _of_rows(form, rows, statistics), gradients
+
+
+def _step(
+    form: RowBlocks,
+    wanted: Gradients,
+    first: jax.Array | int,
+    layer: Layer,
+    kernel: jax.Array,
+    sums: tuple[jax.Array, Any, Any],
+    block: RowBlock,
+) -> tuple[Any, Any]:
+    """Returns the sums with those of one more block, and its results a row.
+
+    `kernel` is the layer's in the dtype of the features; the sums are the loss and the
+    gradients by the kernel and by the small parts of the layer.
+    """
+    total, kernel_bar, small_bar = sums
+    hidden = block.rows.hidden
+    linear = product(hidden, kernel)
+    made = _block_gradients(form, first, layer, block.rows, linear, block.coefficients)
+    loss, results, linear_bar, options_bar, small, coefficients_bar = made
+    # As the matmuls take it: in 16 bits where the features are.
+    linear_bar = linear_bar.astype(hidden.dtype)
+    hidden_bar = None
+    if wanted.hidden:
+        hidden_bar = product(linear_bar, kernel, (1, 1))
+        if block.rows.keep is not None:
+            hidden_bar = jnp.where(block.rows.keep, hidden_bar, 0)
+    if block.transposed is not None:
+        kernel_bar = kernel_bar + product(block.transposed, linear_bar)
+    elif wanted.kernel:
+        kernel_bar = kernel_bar + product(hidden, linear_bar, (0, 0))
+    small_bar = jax.tree.map(jnp.add, small_bar, only(wanted.small, small))
+    rows_bar = (
+        hidden_bar,
+        only(wanted.options, options_bar),
+        only(wanted.coefficients, coefficients_bar),
+    )
+    of_rows = rows_bar, _statistics(form, results)
+    return (total + loss, kernel_bar, small_bar), of_rows
 
 
 def _block_gradients(
