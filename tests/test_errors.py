@@ -64,9 +64,11 @@ SHAPES = [
     ("weighted_mean", [IDS.astype(np.float32), np.ones((5, 1))], {}, "weights must "
      "have shape (5,) (that of values), got (5, 1)."),
     (INTEGER, [LOGITS, IDS], {"where": np.ones((5, 1), bool)}, "where must have shape "
-     "(5,) (logits without axis 1) or (5, 3) (that of logits), got (5, 1)."),
+     "(5,) (logits without axis 1) or (5, 3) (that of logits), got (5, 1); "
+     "give jnp.broadcast_to(where, logits.shape)."),
     (DENSE, [LOGITS, LOGITS], {"where": np.ones(3, bool)}, "where must have shape "
-     "(5,) (logits without axis 1) or (5, 3) (that of logits), got (3,)."),
+     "(5,) (logits without axis 1) or (5, 3) (that of logits), got (3,); "
+     "give jnp.broadcast_to(where, logits.shape)."),
     (SIGMOID, [LOGITS, LOGITS], {"where": np.ones(5, bool)}, "where must have shape "
      "(5, 3) (that of logits), got (5,)."),
     ("binary_cross_entropy", [LOGITS, LOGITS], {"where": np.ones(5, bool)}, "where "
@@ -183,7 +185,7 @@ TYPES = [
     ("weighted_mean", [LOGITS * 1j], {}, "values must have a real dtype, got "
      "complex64."),
     ("weighted_mean", [LOGITS], {"where": LOGITS}, "where must have dtype bool, got "
-     f"{LOGITS.dtype}."),
+     f"{LOGITS.dtype}; give where != 0."),
     ("weighted_mean", [LOGITS, LOGITS * 1j], {}, "weights must have a real dtype, got "
      "complex64."),
     (INTEGER, [LOGITS, IDS.astype(np.float32)], {}, "labels must have an integer dtype "
@@ -193,13 +195,15 @@ TYPES = [
     (INTEGER, [LOGITS, LOGITS > 0], {}, "labels must have an integer dtype (class "
      "ids), got bool" + DENSE_TAKES),
     (INTEGER, [LOGITS, IDS > 0], {}, "labels must have an integer dtype (class ids), "
-     "got bool."),
+     "got "
+     "bool; convert class ids with labels.astype(int32)."),
     ("nll_loss", [LOGITS, IDS.astype(np.float32)], {}, "labels must have an integer "
      "dtype (class ids), got float32; convert class ids with labels.astype(int32)."),
     (DENSE, [LOGITS, LOGITS * 1j], {}, "labels must have a real dtype, got complex64."),
-    (INTEGER, [LOGITS, IDS], {"where": IDS}, "where must have dtype bool, got int32."),
+    (INTEGER, [LOGITS, IDS], {"where": IDS}, "where must have dtype bool, got int32; "
+     "give where != 0."),
     (SIGMOID, [LOGITS, LOGITS], {"where": LOGITS}, "where must have dtype bool, got "
-     "float32."),
+     "float32; give where != 0."),
     (INTEGER, [LOGITS, IDS, 1.0], {}, "axis must be an integer or a tuple of integers, "
      "got 1.0."),
     (INTEGER, [LOGITS, IDS, True], {}, "axis must be an integer or a tuple of "

@@ -72,10 +72,11 @@ TYPES = [
      "(class ids), got float32; softmax_cross_entropy takes a target for every "
      "class."),
     ({"labels": LABELS > 0}, "labels must have an integer dtype (class ids), got "
-     "bool."),
-    ({"where": LABELS}, "where must have dtype bool, got int32."),
+     "bool; convert class ids with labels.astype(int32)."),
+    ({"where": LABELS}, "where must have dtype bool, got int32; give "
+     "where != 0."),
     ({"class_mask": np.ones(5, np.float32)}, "class_mask must have dtype bool, got "
-     "float32."),
+     "float32; give class_mask != 0."),
     ({"bias": np.zeros(5, np.complex64)}, "bias must have a real dtype, got "
      "complex64."),
     ({"softcap": "30"}, "softcap must be a real number, got '30'."),
@@ -203,3 +204,11 @@ def test_blocks_may_be_numpy_integers():
         by_rows = LOSS(HIDDEN, KERNEL, LABELS, reduction="sum", row_block=size)
         by_classes = LOSS(HIDDEN, KERNEL, LABELS, class_block=size)
         np.testing.assert_allclose(by_rows, by_classes.sum(), rtol=1e-6)
+
+
+def test_a_layer_is_not_its_kernel():
+    class Linear:
+        kernel = KERNEL
+
+    with pytest.raises(TypeError, match=r"got Linear \(.*\); give its kernel\.$"):
+        LOSS(HIDDEN, Linear(), LABELS)

@@ -170,7 +170,8 @@ def read_where(layout: Layout, where: ArrayLike | None) -> Keep:
             f"have shape {layout.batch_shape} ({layout.batch_meaning}) or "
             f"{layout.shape} (that of {layout.name})"
         )
-        checks.fail(ValueError, layout.function, "where", expected, mask.shape)
+        hint = _hint_for_mask(layout, mask)
+        checks.fail(ValueError, layout.function, "where", expected, mask.shape, hint)
     return Keep(None, layout.rows(layout.rows_beside(mask)))
 
 
@@ -322,8 +323,16 @@ def _hint_for_ids(layout: Layout, labels: jax.Array) -> str:
         others = layout.shape[:axis] + layout.shape[axis + 1 :]
         if labels.shape == others and axis not in layout.axes:
             return f"for classes on axis {axis} give axis={axis}"
-    floating = jnp.issubdtype(labels.dtype, jnp.floating)
-    return "convert class ids with labels.astype(int32)" if floating else ""
+    return "" if integers else "convert class ids with labels.astype(int32)"
+
+
+def _hint_for_mask(layout: Layout, mask: jax.Array) -> str:
+    """Returns what a message says about a mask that would broadcast to the logits."""
+    try:
+        fits = np.broadcast_shapes(mask.shape, layout.shape) == layout.shape
+    except ValueError:
+        fits = False
+    return f"give jnp.broadcast_to(where, {layout.name}.shape)" if fits else ""
 
 
 def _hint_for_targets(layout: Layout, labels: jax.Array) -> str:

@@ -49,9 +49,10 @@ def as_array(function: str, argument: str, value: ArrayLike) -> jax.Array:
     try:
         return jnp.asarray(resolved(value))
     except (TypeError, ValueError, OverflowError) as error:
+        hint = f"; give its {argument}" if hasattr(value, argument) else ""
         message = (
             f"{function}: {argument} must be an array of numbers, "
-            f"got {type(value).__name__} ({error})."
+            f"got {type(value).__name__} ({error}){hint}."
         )
         raise TypeError(message) from error
 
@@ -111,7 +112,8 @@ def check_real(function: str, argument: str, array: jax.Array) -> None:
 def check_boolean(function: str, argument: str, array: jax.Array) -> None:
     """Raises unless `array` is a boolean mask."""
     if array.dtype != jnp.bool_:
-        fail(TypeError, function, argument, "have dtype bool", array.dtype)
+        hint = f"give {argument} != 0"
+        fail(TypeError, function, argument, "have dtype bool", array.dtype, hint)
 
 
 def read_number(
