@@ -8,13 +8,13 @@ from jax.typing import ArrayLike
 
 from xent_jax._arguments import arrays
 from xent_jax._arguments.arrays import Axis
-from xent_jax._forms.linearized import linearized_loss
 from xent_jax._forms.logits_arguments import read_given
 from xent_jax._forms.rows import Given, row_results
 from xent_jax._reductions.axis import AxisName
 from xent_jax._targets.block import zero_where_dropped
 from xent_jax._targets.class_ids import ClassIds, Coefficients, combined
 from xent_jax._targets.dense import DenseTargets
+from xent_jax._targets.linearized import LinearizedTargets
 from xent_jax._targets.rivals import Labels
 
 
@@ -274,9 +274,10 @@ def linearized_softmax_cross_entropy(
       [0.5752]
     """
     function = "linearized_softmax_cross_entropy"
-    array, layout = arrays.read_logits(function, "logits", logits, axis)
-    targets = arrays.read_targets(layout, labels, array.dtype)
-    return layout.squeeze(linearized_loss(layout.class_axis, array, targets))
+    layout, _, block, _ = read_given(function, logits, axis, None, None)
+    targets = arrays.read_targets(layout, labels, block.logits.dtype)
+    kind = LinearizedTargets(layout.class_axis)
+    return layout.squeeze(row_results(Given(kind), block, targets).loss)
 
 
 def _share(share: jax.Array, targets: jax.Array, logits: jax.Array) -> jax.Array:
