@@ -284,6 +284,21 @@ def prediction_table() -> str:
     return table(["chip", "head", *times, "logits, MiB", f"{mean}, MiB"], rows)
 
 
+def loss_prediction_table() -> str:
+    """The predicted time of losses in multiples of their least traffic's."""
+    names = {"optax": "optax's class ids", "class ids": "class ids"}
+    found = {}
+    for entry in PROGRAMS["loss_predictions"]:
+        key = entry["loss"], tuple(entry["shape"])
+        found.setdefault(key, {})[entry["chip"]] = f"{entry['ratio']:.2f}"
+    rows = [
+        [f"{names.get(loss, loss)}, {list(shape)}", *chips.values()]
+        for (loss, shape), chips in found.items()
+    ]
+    chips = next(iter(found.values()))
+    return table(["", *(CHIPS[chip] for chip in chips)], rows)
+
+
 def loss_table(names: Sequence[str]) -> str:
     """Passes over the logits and memory of losses of logits."""
     found = {(entry["chip"], entry["case"]): entry for entry in PROGRAMS["losses"]}
@@ -451,6 +466,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "head-table": head_table,
     "vocabulary-table": vocabulary_table,
     "prediction-table": prediction_table,
+    "loss-prediction-table": loss_prediction_table,
     "loss-table": lambda: loss_table(tuple(LOSSES)),
     "porting-setup": porting_setup,
     "where-it-matters": where_it_matters,
