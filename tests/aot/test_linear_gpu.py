@@ -51,7 +51,8 @@ def test_options_add_no_logits(reduction, option):
         LLAMA,
         matmuls=3 if reduction else 4,
         temp_bytes=TEMP_BYTES[reduction],
-        traffic=1.05 * TRAFFIC[reduction],
+        # Smoothing takes another pass, and what a softcap makes is written.
+        traffic=1.2 * TRAFFIC[reduction],
     )
 
 

@@ -222,8 +222,8 @@ def _binary_terms_dot(
     log_mass = jnp.log1p(parts.small)
     loss = jnp.zeros_like(parts.small)
     if logits_dot is not None:
-        # negative·sigmoid(x) − positive·sigmoid(−x): the smaller sigmoid is s / (1 + s),
-        # the larger 1 less than that.
+        # negative·sigmoid(x) − positive·sigmoid(−x), where the larger sigmoid is 1 less
+        # the smaller one.
         loser = parts.small * (1 / (1 + parts.small))
         if weight is not None:
             loser = (parts.positive + parts.negative) * loser

@@ -100,7 +100,7 @@ class Wanted(NamedTuple):
 def sums_of(wanted: Wanted, axis: int, block: Block, target: Labels) -> Sums:
     """Returns the sums over one block of classes."""
     labels, others = target
-    best_rival, rivals, label_logit = _of_rivals(wanted.reused, axis, block, labels)
+    best_rival, rivals, label_logit = _of_rivals(wanted, axis, block, labels)
     pivot = pivot_of(best_rival)
     label_weight = None
     if wanted.label_weight and block.class_weights is not None:
@@ -119,15 +119,18 @@ def sums_of(wanted: Wanted, axis: int, block: Block, target: Labels) -> Sums:
 
 
 def _of_rivals(
-    reused: bool, axis: int, block: Block, labels: jax.Array
+    wanted: Wanted, axis: int, block: Block, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns the best rival, the sum relative to it, and the label's logit."""
+    """Returns the best rival, the sum relative to it, and the label's logit.
+
+    On a GPU in one pass, unless other sums that are relative to it need a second one.
+    """
 
     def in_two_passes(block: Block, labels: jax.Array) -> tuple[jax.Array, ...]:
         best_rival = max_classes(_rival, (block, labels), axis)
         label_logit = logits_at(axis, block, labels)
         best_rival, label_logit = _together(axis, best_rival, label_logit)
-        split_sum = SPLIT_SUM._replace(reused=reused)
+        split_sum = SPLIT_SUM._replace(reused=wanted.reused)
         operands = block, labels, pivot_of(best_rival)
         rivals = reduce_classes(split_sum, _power, operands, axis)
         return best_rival, rivals, label_logit
@@ -136,7 +139,8 @@ def _of_rivals(
         return sums_relative_to_maximum(*_rival_and_label(block, labels), axis)
 
     def at(place: Place) -> Callable[..., Any] | None:
-        return in_one_pass if place.chip is None and place.whole else None
+        alone = not (wanted.uniform or wanted.entropy)
+        return in_one_pass if alone and place.chip is None and place.whole else None
 
     return by_place(in_two_passes, at)(block, labels)
 
