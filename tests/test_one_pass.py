@@ -1,11 +1,13 @@
 """The maximum and the sum relative to it in one pass, as a GPU makes them."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 import xent_jax
 from xent_jax._reductions.lowering import Place
@@ -82,6 +84,33 @@ def test_masked_losses_and_gradients_are_those_of_two_passes(as_on_a_gpu):
     as_on_a_gpu()
     for found, wanted in zip(results(), expected, strict=True):
         np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize("specs", [("data", None), ("data", "model")])
+def test_lowered_inside_a_shard_map(platform, specs):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    name = specs[1]
+
+    def local(logits, labels):
+        return xent_jax.softmax_cross_entropy_with_integer_labels(
+            logits, labels, class_axis_name=name
+        )
+
+    loss = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(jax.P(*specs), jax.P("data")),
+        out_specs=jax.P("data"),
+    )
+    arguments = jnp.zeros((8, 64)), jnp.zeros(8, jnp.int32)
+    traced = jax.jit(jax.value_and_grad(lambda *a: loss(*a).mean())).trace(*arguments)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    # A pair and more is reduced on a GPU; a TPU is told what to do in one pass.
+    assert ("stablehlo.optimization_barrier" in text) == (platform == "tpu")
+    assert bool(re.search(r"stablehlo.reduce\(%\w+ init: %\w+\), \(", text)) == (
+        platform == "cuda"
+    )
 
 
 def test_a_confident_row_keeps_its_digits(as_on_a_gpu):

@@ -12,11 +12,11 @@ _LANES = 128
 _SUBLANES = 8
 
 
-# With several labels a row, a TPU holds up to three arrays of a block's size; with blocks
-# of a third of the rows they take what one would. With a teacher, blocks of three eighths
-# take half a block's memory more. For 8192 × 2048 × 128256 on a TPU v6e they are predicted
-# to take 102 ms and 1.5 GiB; of a third, in whole registers, 128 ms and 1.3 GiB; of all
-# rows, 60 ms and 2.5 GiB.
+# With several labels a row, a TPU holds up to three arrays of a block's size; blocks
+# of a third of the rows take what one array would. With a teacher, those of three
+# eighths take half of that more. For 8192 × 2048 × 128256 on a TPU v6e they are
+# predicted to take 102 ms and 1.5 GiB; a third, in whole registers, 128 ms and 1.3 GiB;
+# all rows, 60 ms and 2.5 GiB.
 SHARE_OF_LABELS, SHARE_OF_A_TEACHER = 1 / 3, 3 / 8
 
 
