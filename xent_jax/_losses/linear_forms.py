@@ -132,8 +132,9 @@ def class_blocks_form(
     """Returns the form of a result per row, for the caller's block size."""
     count, classes = head.rows.hidden.shape[0], head.layer.kernel.shape[1]
     itemsize = accumulation_dtype(head.rows.hidden.dtype).itemsize
-    # Of a pair of heads a block has two tiles.
-    narrow = head.rows.hidden.dtype.itemsize == 2 and head.layer.teacher is None
+    # With a teacher or several labels a row, a block has more tiles than one.
+    is_pair = head.layer.teacher is not None or head.label_probs is not None
+    narrow = head.rows.hidden.dtype.itemsize == 2 and not is_pair
     size, tangent_size = (
         head_arguments.read_block(
             function,
