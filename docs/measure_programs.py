@@ -38,6 +38,13 @@ PREDICTED = (
     ("v6e", "Qwen 3", "bfloat16"),
     ("v6e", "Llama 3.2", "float32"),
 )
+# Logits that fill the memory, that stay on the chip between passes, and few long rows.
+PREDICTED_SHAPES = (
+    contracts.SHAPE,
+    (16384, 1000),
+    (65536, 100),
+    (1024, 151936),
+)
 PACKAGES = {"tpu": "libtpu", H100: "jax-cuda13-plugin"}
 
 
@@ -123,6 +130,18 @@ def prediction(chip: str, model: str, kernel: str, form: str) -> dict:
     }
 
 
+def loss_prediction(chip: str, name: str, shape: tuple[int, int]) -> dict:
+    """Returns how long value and gradient of a loss take, predicted."""
+    predicted = predict.predict_loss(chip, name, shape)
+    return {
+        "chip": chip,
+        "loss": name,
+        "shape": shape,
+        "seconds": predicted.seconds,
+        "ratio": round(predicted.ratio, 4),
+    }
+
+
 def log(entry: dict) -> dict:
     """Shows progress: compiling takes minutes."""
     print(json.dumps(entry), flush=True)
@@ -140,7 +159,17 @@ def main() -> None:
     heads = [log(head(chip, form, LLAMA)) for chip in CHIPS for form in HEADS]
     losses = [log(loss(chip, case)) for case in (OPTAX_CASE, *CASES) for chip in chips]
     predictions = [
-        log(prediction(*case, form)) for case in PREDICTED for form in predict.FORMS
+        log(prediction(*case, form))
+        for case in PREDICTED
+        for form in predict.FORMS
+        if form != "rows" or case[1:] == ("Llama 3.2", "bfloat16")
+    ]
+    loss_predictions = [
+        log(loss_prediction(chip, name, shape))
+        for shape in PREDICTED_SHAPES
+        for name in predict.LOSSES
+        if name != "sigmoid" or shape == contracts.SHAPE
+        for chip in predict.CHIPS
     ]
     versions = {
         name: importlib.metadata.version(name)
@@ -153,6 +182,7 @@ def main() -> None:
         "heads": heads,
         "vocabularies": vocabularies,
         "predictions": predictions,
+        "loss_predictions": loss_predictions,
     }
     DATA.parent.mkdir(exist_ok=True)
     DATA.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -244,6 +244,31 @@ def head_table() -> str:
     return table(["chip", "head", "memory, MiB", "traffic, GB"], rows)
 
 
+def form_table() -> str:
+    """Time and memory of the forms of a head beside each other, by chip."""
+    forms = ("dense", "mean", "rows")
+    predicted = {
+        (entry["chip"], entry["form"]): entry
+        for entry in PROGRAMS["predictions"]
+        if (entry["model"], entry["kernel"]) == ("Llama 3.2", "bfloat16")
+    }
+    rows = []
+    for chip in dict.fromkeys(chip for chip, _ in predicted):
+        entries = [predicted[chip, form] for form in forms]
+        for what, cells in (
+            ("predicted time", [f"{entry['ratio']:.2f}" for entry in entries]),
+            ("memory, MiB", [mebibytes(entry["temp_bytes"]) for entry in entries]),
+        ):
+            rows.append([f"{CHIPS[chip]}: {what}", *cells])
+    gpu = {entry["form"]: entry for entry in PROGRAMS["heads"] if entry["chip"] == H100}
+    entries = [gpu[form] for form in ("optax", *forms[1:])]
+    traffic = [f"{entry['traffic_bytes'] / 1e9:.1f}" for entry in entries]
+    rows.append([f"{CHIPS[H100]}: traffic, GB", *traffic])
+    memory = [mebibytes(entry["temp_bytes"]) for entry in entries]
+    rows.append([f"{CHIPS[H100]}: memory, MiB", *memory])
+    return table(["", "logits, optax", FORMS["mean"], FORMS["rows"]], rows)
+
+
 def vocabulary_table() -> str:
     """The memory of a head by its vocabulary, on a TPU."""
     entries = PROGRAMS["vocabularies"]
@@ -266,7 +291,7 @@ def prediction_table() -> str:
         found.setdefault(key, {})[entry["form"]] = entry
     rows = []
     for (chip, model, kernel), forms in found.items():
-        mean, dense = forms["mean"], forms["dense"]
+        mean, dense, rowwise = (forms.get(form) for form in ("mean", "dense", "rows"))
         sizes = f"{mean['rows']} × {mean['features']} × {mean['classes']}"
         rows.append(
             [
@@ -275,13 +300,30 @@ def prediction_table() -> str:
                 f"{1e3 * mean['bare_seconds']:.1f}",
                 f"{dense['ratio']:.2f}",
                 f"{mean['ratio']:.2f}",
+                f"{rowwise['ratio']:.2f}" if rowwise else "",
                 mebibytes(dense["temp_bytes"]),
                 mebibytes(mean["temp_bytes"]),
+                mebibytes(rowwise["temp_bytes"]) if rowwise else "",
             ]
         )
-    mean = FORMS["mean"]
-    times = "three matmuls, ms", "logits, optax", mean
-    return table(["chip", "head", *times, "logits, MiB", f"{mean}, MiB"], rows)
+    heads = "logits, optax", FORMS["mean"], FORMS["rows"]
+    memory = "logits, MiB", *(f"{head}, MiB" for head in heads[1:])
+    return table(["chip", "head", "three matmuls, ms", *heads, *memory], rows)
+
+
+def loss_prediction_table() -> str:
+    """The predicted time of losses in multiples of their least traffic's."""
+    names = {"optax": "optax's class ids", "class ids": "class ids"}
+    found = {}
+    for entry in PROGRAMS["loss_predictions"]:
+        key = entry["loss"], tuple(entry["shape"])
+        found.setdefault(key, {})[entry["chip"]] = f"{entry['ratio']:.2f}"
+    rows = [
+        [f"{names.get(loss, loss)}, {list(shape)}", *chips.values()]
+        for (loss, shape), chips in found.items()
+    ]
+    chips = next(iter(found.values()))
+    return table(["", *(CHIPS[chip] for chip in chips)], rows)
 
 
 def loss_table(names: Sequence[str]) -> str:
@@ -449,8 +491,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "ulp": ulp_table,
     "folders": folders_table,
     "head-table": head_table,
+    "form-table": form_table,
     "vocabulary-table": vocabulary_table,
     "prediction-table": prediction_table,
+    "loss-prediction-table": loss_prediction_table,
     "loss-table": lambda: loss_table(tuple(LOSSES)),
     "porting-setup": porting_setup,
     "where-it-matters": where_it_matters,

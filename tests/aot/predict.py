@@ -1,4 +1,4 @@
-"""Predicts how long a head takes on a TPU, from the schedule that its compiler made.
+"""Predicts how long a head or a loss takes on a TPU, from its compiled schedule.
 
 For every instruction outside of a fusion, times as often as it runs, the largest of
 
@@ -24,7 +24,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ import optax
 
 import xent_jax
 from aot import compilers, hlo
+from aot.cases import Shape
 from aot.linear import LLAMA, Sizes
 
 
@@ -67,16 +68,44 @@ def _mean(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
     )
 
 
-FORMS: dict[str, Callable[..., jax.Array]] = {"dense": _dense, "mean": _mean}
+def _rows(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+    return jnp.mean(xent_jax.linear_softmax_cross_entropy(hidden, kernel, labels))
+
+
+FORMS: dict[str, Callable[..., jax.Array]] = {
+    "dense": _dense,
+    "mean": _mean,
+    "rows": _rows,
+}
+
+
+class Loss(NamedTuple):
+    """A loss of bfloat16 logits.
+
+    The floor of its traffic is in passes, one of which reads or writes the logits.
+    """
+
+    function: Callable[..., jax.Array]
+    dense: bool  # whether the labels are dense
+    passes: int
+
+
+_OPTAX_IDS = optax.softmax_cross_entropy_with_integer_labels
+LOSSES = {
+    "optax": Loss(_OPTAX_IDS, False, 4),
+    "class ids": Loss(xent_jax.softmax_cross_entropy_with_integer_labels, False, 4),
+    "sigmoid": Loss(xent_jax.sigmoid_binary_cross_entropy, True, 3),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """Of value and gradients of a head.
+    """Of value and gradients.
 
     Attributes:
       seconds: the least time that the program takes.
-      bare_seconds: three matmuls of the layer's size at the chip's peak.
+      bare_seconds: three matmuls of a layer's size at the chip's peak; for a loss, its
+        least traffic at the peak bandwidth.
       products: how many of them it does.
       traffic: bytes that it moves.
       temp_bytes: main memory needed beyond arguments and results.
@@ -90,7 +119,7 @@ class Prediction:
 
     @property
     def ratio(self) -> float:
-        """The time as a multiple of that of the three matmuls."""
+        """The time as a multiple of the bare one."""
         return self.seconds / self.bare_seconds
 
 
@@ -108,6 +137,18 @@ def predict(
     """
     # In another process: the compiler reads once whether it is to show its schedules.
     return _pool().submit(_predict, chip, form, model, kernel).result()
+
+
+@functools.cache
+def predict_loss(chip: str, loss: str, shape: Shape) -> Prediction:
+    """Predicts the mean loss of bfloat16 logits and its gradient.
+
+    Args:
+      chip: a key of `CHIPS`.
+      loss: a key of `LOSSES`.
+      shape: of the logits, [N, V].
+    """
+    return _pool().submit(_predict_loss, chip, loss, shape).result()
 
 
 @functools.cache
@@ -135,9 +176,6 @@ def _start(folder: str) -> None:
 
 def _predict(chip: str, form: str, model: str, kernel: str) -> Prediction:
     """Runs in that process."""
-    folder = pathlib.Path(os.environ["XENT_JAX_SCHEDULES"])
-    for path in folder.iterdir():
-        path.unlink()
     sizes = SIZES[model]
     arguments = (
         jax.ShapeDtypeStruct((sizes.rows, sizes.features), jnp.bfloat16),
@@ -145,15 +183,42 @@ def _predict(chip: str, form: str, model: str, kernel: str) -> Prediction:
         jax.ShapeDtypeStruct((sizes.rows,), jnp.int32),
     )
     function = jax.value_and_grad(FORMS[form], argnums=(0, 1))
-    compiled = compilers.compile_for_tpu(chip, function, *arguments)
-    bare = 3 * sizes.matmul_flops / CHIPS[chip].flops
+    compiled, seconds = _compiled(chip, function, arguments)
     return Prediction(
-        _seconds(CHIPS[chip], compiled.module, _schedules(folder)),
-        bare,
+        seconds,
+        3 * sizes.matmul_flops / CHIPS[chip].flops,
         compiled.module.matmul_flops / sizes.matmul_flops,
         compiled.module.traffic,
         compiled.temp_bytes,
     )
+
+
+def _predict_loss(chip: str, name: str, shape: Shape) -> Prediction:
+    """Runs in that process."""
+    loss = LOSSES[name]
+    logits = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    labels = logits if loss.dense else jax.ShapeDtypeStruct(shape[:1], jnp.int32)
+    function = jax.value_and_grad(lambda *a: jnp.mean(loss.function(*a)))
+    compiled, seconds = _compiled(chip, function, (logits, labels))
+    floor = loss.passes * logits.size * logits.dtype.itemsize
+    return Prediction(
+        seconds,
+        floor / CHIPS[chip].bandwidth,
+        0,
+        compiled.module.traffic,
+        compiled.temp_bytes,
+    )
+
+
+def _compiled(
+    chip: str, function: Callable[..., Any], arguments: tuple
+) -> tuple[compilers.Compiled, float]:
+    """Returns a program and its predicted time in seconds."""
+    folder = pathlib.Path(os.environ["XENT_JAX_SCHEDULES"])
+    for path in folder.iterdir():
+        path.unlink()
+    compiled = compilers.compile_for_tpu(chip, function, *arguments)
+    return compiled, _seconds(CHIPS[chip], compiled.module, _schedules(folder))
 
 
 def _seconds(

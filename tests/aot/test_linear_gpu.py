@@ -21,7 +21,7 @@ FORMS = pytest.mark.parametrize("reduction", ["mean", None])
 # At the sizes of `LLAMA`, whose kernel has a gradient of 1002 MiB in float32. A GPU has
 # no room on the chip for a block of logits: it is written and read.
 TEMP_BYTES = {"mean": 1.6 * 1024 * MEBIBYTE, None: 300 * MEBIBYTE}
-TRAFFIC = {"mean": 55e9, None: 80e9}
+TRAFFIC = {"mean": 49e9, None: 58e9}
 
 
 def compiled(case, sizes=LLAMA, program="both-gradients", **changes):
@@ -51,7 +51,8 @@ def test_options_add_no_logits(reduction, option):
         LLAMA,
         matmuls=3 if reduction else 4,
         temp_bytes=TEMP_BYTES[reduction],
-        traffic=1.05 * TRAFFIC[reduction],
+        # Smoothing takes another pass, and what a softcap makes is written.
+        traffic=1.2 * TRAFFIC[reduction],
     )
 
 

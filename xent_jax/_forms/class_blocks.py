@@ -26,6 +26,7 @@ class ClassBlocks(NamedTuple):
 
     kind: Any
     size: int  # classes a block
+    tangent_size: int  # those of a block of the derivative
 
     def differentiated(self) -> "ClassBlocks":
         """Returns the form for results that derivatives use too."""
@@ -45,7 +46,8 @@ class ClassBlocks(NamedTuple):
             hidden_dot = kept_hidden(rows._replace(hidden=hidden_dot))
             hidden_dot = hidden_dot.astype(results.loss.dtype)
         rows_dot = rows_dot._replace(hidden=hidden_dot)
-        dot = _tangents(self, rows, rows_dot, layer, layer_dot, results)
+        form = self._replace(size=self.tangent_size)
+        dot = _tangents(form, rows, rows_dot, layer, layer_dot, results)
         # Rows that are typed as if they differed over the classes have such results.
         return jax.tree.map(lambda array: varying(array, results.statistics), dot)
 

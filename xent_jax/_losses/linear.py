@@ -61,7 +61,8 @@ def linear_softmax_cross_entropy(
 
     Memory: a block of the first form holds logits of half the size of the kernel (in
     float32), but not of more than 1024 rows, and at least 64 MiB. A block of the second
-    form holds 32 MiB of logits, or 1536 classes where that is more. `row_block` and
+    form holds 32 MiB of logits, or 1536 classes where that is more; for the gradient
+    of 16-bit features, with one label a row, half as many again. `row_block` and
     `class_block` say otherwise.
 
     The matmuls run in the dtype of `hidden` and accumulate in float32, forward and

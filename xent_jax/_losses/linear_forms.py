@@ -13,7 +13,12 @@ from xent_jax._forms.head_arguments import Head
 from xent_jax._forms.row_blocks import linear_loss_sum
 from xent_jax._forms.row_gradients import RowBlocks
 from xent_jax._forms.rows import row_results
-from xent_jax._forms.sizes import ARRAYS_OF_PAIRS, classes_per_block, rows_per_block
+from xent_jax._forms.sizes import (
+    SHARE_OF_A_TEACHER,
+    SHARE_OF_LABELS,
+    classes_per_block,
+    rows_per_block,
+)
 from xent_jax._losses.statistics import SoftmaxStatistics
 from xent_jax._reductions.axis import AxisName, ClassAxis, psum
 from xent_jax._reductions.precision import accumulation_dtype
@@ -129,11 +134,20 @@ def class_blocks_form(
     """Returns the form of a result per row, for the caller's block size."""
     count, classes = head.rows.hidden.shape[0], head.layer.kernel.shape[1]
     itemsize = accumulation_dtype(head.rows.hidden.dtype).itemsize
-    default = classes_per_block(count, classes, itemsize)
-    size = head_arguments.read_block(
-        function, "class_block", class_block, default, classes
+    # With a teacher or several labels a row, a block has more tiles than one.
+    is_pair = head.layer.teacher is not None or head.label_probs is not None
+    narrow = head.rows.hidden.dtype.itemsize == 2 and not is_pair
+    size, tangent_size = (
+        head_arguments.read_block(
+            function,
+            "class_block",
+            class_block,
+            classes_per_block(count, classes, itemsize, narrow=of_tangent),
+            classes,
+        )
+        for of_tangent in (False, narrow)
     )
-    return ClassBlocks(kind, size)
+    return ClassBlocks(kind, size, tangent_size)
 
 
 def row_blocks_form(
@@ -142,10 +156,13 @@ def row_blocks_form(
     """Returns the form of a sum over the rows, for the caller's block size."""
     count, features = head.rows.hidden.shape
     itemsize = accumulation_dtype(head.rows.hidden.dtype).itemsize
-    is_pair = head.layer.teacher is not None or head.label_probs is not None
-    arrays = ARRAYS_OF_PAIRS if is_pair else 1
+    share = 1.0
+    if head.layer.teacher is not None:
+        share = SHARE_OF_A_TEACHER
+    elif head.label_probs is not None:
+        share = SHARE_OF_LABELS
     classes = head.layer.kernel.shape[1]
-    default = rows_per_block(count, features, classes, itemsize, arrays)
+    default = rows_per_block(count, features, classes, itemsize, share)
     size = head_arguments.read_block(function, "row_block", row_block, default, count)
     return RowBlocks(kind, size, skip and head.classes.axis_name is None)
 

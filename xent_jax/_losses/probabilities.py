@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from xent_jax._arguments import arrays, checks, placement
 from xent_jax._arguments.arrays import Axis
 from xent_jax._arguments.options import read_option
-from xent_jax._reductions.classes import unfused
+from xent_jax._reductions.classes import unfused_on_cpu
 from xent_jax._reductions.lowering import on_one_device
 from xent_jax._reductions.precision import accumulation_dtype, nan_where, scaled
 from xent_jax._targets.block import (
@@ -247,7 +247,7 @@ def _surprise(axis: int, block: Block, ids: jax.Array) -> jax.Array:
         picked = block_at(axis, block, jnp.maximum(ids, 0))
         return of(ids, values_of(picked), picked.class_weights)
 
-    loss = unfused(on_one_device(by_mask, by_gather)(block, ids))
+    loss = unfused_on_cpu(on_one_device(by_mask, by_gather)(block, ids))
     return zero_in_dropped_rows(loss, block.keep_row)
 
 

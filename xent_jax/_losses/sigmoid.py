@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 
 from xent_jax._arguments import arrays, checks, placement
 from xent_jax._arguments.options import read_number
-from xent_jax._reductions.classes import unfused
+from xent_jax._reductions.classes import unfused_on_cpu
 from xent_jax._reductions.lowering import on_one_device
 from xent_jax._reductions.precision import accumulation_dtype, scaled
 from xent_jax._reductions.tangents import unless_zero
@@ -126,10 +126,21 @@ def _parts(
     if keep is not None:
         values, targets = jnp.where(keep, values, 0), jnp.where(keep, targets, 0)
     ahead = values >= 0
-    # Not jnp.abs, whose derivative at 0 is 0: the second derivative there is 1/4.
-    size = jnp.where(ahead, values, -values)
     positive = targets if weight is None else weight * targets
+    size = _size(values)
     return _Parts(positive, 1 - targets, ahead, size, jnp.exp(-size))
+
+
+@jax.custom_jvp
+def _size(values: jax.Array) -> jax.Array:
+    """Returns |values|, whose derivative at 0 is 1: a second derivative there is 1/4.
+
+    That of `jnp.abs` is 0.
+    """
+    return jnp.abs(values)
+
+
+_size.defjvps(lambda dot, _, values: jnp.where(values >= 0, dot, -dot))
 
 
 def _kept(values: jax.Array, keep: jax.Array | None) -> jax.Array:
@@ -156,8 +167,10 @@ def _terms(
     parts = _parts(logits, targets, weight, keep)
     losing = jnp.where(parts.ahead, parts.negative, parts.positive)
     linear = losing * jnp.where(losing == 0, 0, parts.size)
-    total = parts.positive + parts.negative
-    return _kept(unfused(total * jnp.log1p(parts.small) + linear), keep)
+    log_mass = jnp.log1p(parts.small)
+    if weight is not None:
+        log_mass = (parts.positive + parts.negative) * log_mass
+    return _kept(unfused_on_cpu(log_mass + linear), keep)
 
 
 def _arithmetic_terms(
@@ -208,11 +221,14 @@ def _binary_terms_dot(
     log_mass = jnp.log1p(parts.small)
     loss = jnp.zeros_like(parts.small)
     if logits_dot is not None:
-        winner = 1 / (1 + parts.small)
-        loser = parts.small * winner
-        sigmoid = jnp.where(parts.ahead, winner, loser)
-        complement = jnp.where(parts.ahead, loser, winner)
-        gradient = parts.negative * sigmoid - parts.positive * complement
+        # negative·sigmoid(x) − positive·sigmoid(−x), where the larger sigmoid is 1 less
+        # the smaller one.
+        loser = parts.small * (1 / (1 + parts.small))
+        if weight is not None:
+            loser = (parts.positive + parts.negative) * loser
+        over = jnp.where(parts.ahead, parts.negative, loser)
+        under = jnp.where(parts.ahead, loser, parts.positive)
+        gradient = over - under
         loss += _kept(gradient, keep) * _kept(logits_dot.astype(loss.dtype), keep)
     if targets_dot is not None:
         # pos_weight·softplus(−x) − softplus(x); without a weight this is −x.

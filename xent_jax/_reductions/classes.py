@@ -230,6 +230,15 @@ def unfused(array: jax.Array, after: jax.Array | None = None) -> jax.Array:
     return jnp.where(after == after, array, after)
 
 
+def unfused_on_cpu(array: jax.Array) -> jax.Array:
+    """Returns the array, as of `unfused`: other platforms would only compute more."""
+
+    def at(place: Place) -> Callable[..., Any] | None:
+        return unfused if place.chip == CPU else None
+
+    return by_place(lambda array: array, at)(array)
+
+
 def _written(axis: int, reduction: Reduction, part: jax.Array) -> jax.Array:
     """Returns the array, of size 1 along the axis, which XLA:CPU writes to memory.
 

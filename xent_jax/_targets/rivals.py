@@ -5,16 +5,25 @@ are made relative to the better one, so that nothing overflows and no term is ne
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from xent_jax._reductions.classes import SPLIT_SUM, SUM, max_classes, reduce_classes
-from xent_jax._reductions.lowering import is_sharded, on_one_device
+from xent_jax._reductions.lowering import (
+    CPU,
+    Place,
+    by_place,
+    is_sharded,
+    on_one_device,
+)
+from xent_jax._reductions.one_pass import sums_relative_to_maximum
 from xent_jax._targets.block import Block, block_at, values_of, zero_where_dropped
 from xent_jax._targets.label_row import pivot_of
 
+_TPU_7X = "TPU7x"
 # Up to so many classes a row are found by a comparison each.
 _MOST_MASKS, _MOST_MASKS_OF_ACCELERATORS = 16, 64
 
@@ -91,24 +100,69 @@ class Wanted(NamedTuple):
 def sums_of(wanted: Wanted, axis: int, block: Block, target: Labels) -> Sums:
     """Returns the sums over one block of classes."""
     labels, others = target
-    operands = block, labels
-    best_rival = max_classes(_rival, operands, axis)
+    best_rival, rivals, label_logit = _of_rivals(wanted, axis, block, labels)
     pivot = pivot_of(best_rival)
     label_weight = None
     if wanted.label_weight and block.class_weights is not None:
         label_weight = values_at(axis, block, block.class_weights, labels)
-    split_sum = SPLIT_SUM._replace(reused=wanted.reused)
     operands = block, labels, pivot
     return Sums(
         best_rival,
-        reduce_classes(split_sum, _power, operands, axis),
-        logits_at(axis, block, labels),
+        rivals,
+        label_logit,
         None if others is None else logits_at(axis, block, others.ids),
         _uniform_sums(axis, block, labels, pivot) if wanted.uniform else None,
         label_weight,
         reduce_classes(SUM, _distance, operands, axis) if wanted.entropy else None,
         _largest(axis, block) if wanted.prediction else None,
     )
+
+
+def _of_rivals(
+    wanted: Wanted, axis: int, block: Block, labels: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the best rival, the sum relative to it, and the label's logit.
+
+    On a GPU in one pass, unless other sums that are relative to it need a second one.
+    """
+
+    def in_two_passes(block: Block, labels: jax.Array) -> tuple[jax.Array, ...]:
+        best_rival = max_classes(_rival, (block, labels), axis)
+        label_logit = logits_at(axis, block, labels)
+        best_rival, label_logit = _together(axis, best_rival, label_logit)
+        split_sum = SPLIT_SUM._replace(reused=wanted.reused)
+        operands = block, labels, pivot_of(best_rival)
+        rivals = reduce_classes(split_sum, _power, operands, axis)
+        return best_rival, rivals, label_logit
+
+    def in_one_pass(block: Block, labels: jax.Array) -> tuple[jax.Array, ...]:
+        return sums_relative_to_maximum(*_rival_and_label(block, labels), axis)
+
+    def at(place: Place) -> Callable[..., Any] | None:
+        alone = not (wanted.uniform or wanted.entropy)
+        return in_one_pass if alone and place.chip is None and place.whole else None
+
+    return by_place(in_two_passes, at)(block, labels)
+
+
+def _together(axis: int, *reductions: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns reductions over the classes, which a TPU makes in one pass.
+
+    Else it would make that of the label's logit in the next pass, with exponentials.
+    The pass of a maximum has less to compute than the memory leaves time for, except on
+    a 7x, where both passes have more.
+    """
+
+    def together(*reductions: jax.Array) -> tuple[jax.Array, ...]:
+        # Without the class axis, with which numbers a row are laid out badly.
+        rows = [jnp.squeeze(numbers, axis) for numbers in reductions]
+        rows = jax.lax.optimization_barrier(rows)
+        return tuple(jnp.expand_dims(numbers, axis) for numbers in rows)
+
+    def at(place: Place) -> Callable[..., Any] | None:
+        return None if place.chip in (None, CPU, _TPU_7X) else together
+
+    return by_place(lambda *reductions: reductions, at)(*reductions)
 
 
 def merged(left: Sums, right: Sums) -> Sums:
@@ -128,6 +182,22 @@ def merged(left: Sums, right: Sums) -> Sums:
 
 def _rival(block: Block, labels: jax.Array) -> jax.Array:
     return jnp.where(block.class_ids == labels, -jnp.inf, values_of(block))
+
+
+def _rival_and_label(block: Block, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the logits of the rivals, −inf elsewhere, and the label's, 0 elsewhere.
+
+    Not by masked `values_of`, which XLA:GPU would write to memory for the gradient.
+    """
+    values, hit = values_of(block._replace(keep_class=None)), block.class_ids == labels
+    rival, own = jnp.where(hit, -jnp.inf, values), jnp.where(hit, values, 0)
+    if block.keep_class is None:
+        return rival, own
+    keep = block.keep_class
+    if block.keep_row is not None:
+        keep = keep | ~block.keep_row
+    dropped_label = jnp.where(hit, -jnp.inf, jnp.zeros_like(values))
+    return jnp.where(keep, rival, -jnp.inf), jnp.where(keep, own, dropped_label)
 
 
 def _power(block: Block, labels: jax.Array, pivot: jax.Array) -> jax.Array:
