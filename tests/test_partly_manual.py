@@ -13,7 +13,7 @@ import pytest
 from mesh_cases import (
     DATA,
     VOCAB,
-    MeshCase,
+    arrays_of,
     assert_same,
     derivatives,
     every_case,
@@ -23,6 +23,9 @@ from mesh_cases import (
     spec_of,
     total_of,
 )
+from registry import Case
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 MANUAL = [
     pytest.param((DATA,), id=DATA, marks=pytest.mark.exhaustive),
@@ -31,19 +34,11 @@ MANUAL = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def unoptimized():
-    """Compiles in a third of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 class Split:
     """How a `shard_map` over some axes of the mesh parts a case."""
 
-    def __init__(self, case: MeshCase, manual: tuple[str, ...], check_vma: bool):
-        by_class = "class_axis_name" in case.names
+    def __init__(self, case: Case, manual: tuple[str, ...], check_vma: bool):
+        by_class = "class_axis_name" in case.mesh_axes
         self.case, self.manual, self.check_vma = case, manual, check_vma
         self.classes = VOCAB if by_class and VOCAB in manual else None
         # What has no name for its classes has its rows over all axes.
@@ -51,7 +46,7 @@ class Split:
         self.names: dict[str, Any] = {}
         if self.classes is not None:
             self.names["class_axis_name"] = self.classes
-        if "batch_axis_name" in case.names and self.rows:
+        if "batch_axis_name" in case.mesh_axes and self.rows:
             self.names["batch_axis_name"] = self.rows
 
     def spec(self, axes: str) -> jax.P:
@@ -87,7 +82,7 @@ class Split:
 def test_is_unsharded(case, manual, check_vma):
     mesh = mesh_of((2, 4), "Auto")
     split = Split(case, manual, check_vma)
-    specs = {name: split.spec(axes) for name, axes in case.axes().items()}
+    specs = {name: split.spec(axes) for name, axes in case.axes.items()}
     moving_specs, rest_specs = parted(case, specs)
     losses = split.mapped(
         lambda arrays: case(arrays, **split.names),
@@ -108,9 +103,9 @@ def test_is_unsharded(case, manual, check_vma):
     placed = {
         name: jax.device_put(
             array,
-            jax.NamedSharding(mesh, spec_of(case.axes()[name], DATA, VOCAB)),
+            jax.NamedSharding(mesh, spec_of(case.axes[name], DATA, VOCAB)),
         )
-        for name, array in case.arrays().items()
+        for name, array in arrays_of(case).items()
     }
     results, within = run(*parted(case, placed))
     expected = expected_of(case)
