@@ -39,3 +39,14 @@ def x64():
     jax.config.update("jax_enable_x64", True)
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def unoptimized():
+    """Compiles in a third of the time: what is computed is the same.
+
+    Sizes and accuracy are tested without it.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

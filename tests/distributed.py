@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import registry
+from mesh_cases import spec_of
+from registry import FUNCTIONS, Case, Sizes
 
 import xent_jax
 
@@ -83,73 +86,41 @@ def main() -> None:
     print(json.dumps(jax.tree.map(np.ndarray.tolist, results)))
 
 
-def _integer_loss() -> Computation:
-    rng = np.random.default_rng(3)
-    kept = np.arange(16) % 5 > 0
-
-    def mean(arrays, classes, rows):
-        loss = xent_jax.softmax_cross_entropy_with_integer_labels(
-            arrays["logits"],
-            arrays["labels"],
-            where=arrays["kept"],
-            class_weights=arrays["class_weights"],
-            label_smoothing=0.1,
-            class_axis_name=classes,
-        )
-        return xent_jax.weighted_mean(loss, arrays["kept"], batch_axis_name=rows)
-
+def _of(case: Case, function: Callable[..., jax.Array]) -> Computation:
+    """Returns a computation of a case's arguments, by all that it is smooth in."""
     return Computation(
-        mean,
-        {
-            "logits": np.float32(rng.standard_normal((16, 40))),
-            "labels": np.int32(rng.integers(0, 40, 16)),
-            "kept": kept,
-            "class_weights": np.float32(rng.uniform(0.5, 2, 40)),
-        },
-        {
-            "logits": P("rows", "classes"),
-            "labels": P("rows"),
-            "kept": P("rows"),
-            "class_weights": P("classes"),
-        },
-        by=("logits", "class_weights"),
+        function,
+        registry.narrow(case.draw(np.random.default_rng(3), Sizes((16,), 40))),
+        {w: spec_of(axes, "rows", "classes") for w, axes in case.axes.items()},
+        by=case.moving,
     )
 
 
+def _integer_loss() -> Computation:
+    row = FUNCTIONS[registry.IDS]
+    case = Case(row, ("where", *row.unmasked()))
+
+    def mean(arrays, classes, rows):
+        loss = case(arrays, class_axis_name=classes)
+        return xent_jax.weighted_mean(loss, arrays["where"], batch_axis_name=rows)
+
+    return _of(case, mean)
+
+
 def _head(reduction: str | None) -> Computation:
-    rng = np.random.default_rng(5)
+    row = FUNCTIONS[registry.HEAD]
+    case = Case(row, row.unmasked(), {"reduction": reduction})
 
     def loss(arrays, classes, rows):
         names = {"class_axis_name": classes}
         if reduction is not None:
             names["batch_axis_name"] = rows
-        losses = xent_jax.linear_softmax_cross_entropy(
-            **arrays, reduction=reduction, label_smoothing=0.1, z_loss=0.01, **names
-        )
+        losses = case(arrays, **names)
         # A loss per row is one number when the rows of all devices are added.
         local = reduction is None and rows is not None
         return jax.lax.psum(losses.sum(), rows) if local else losses.sum()
 
-    return Computation(
-        loss,
-        {
-            "hidden": np.float32(rng.standard_normal((16, 6))),
-            "kernel": np.float32(rng.standard_normal((6, 40))),
-            "labels": np.int32(rng.integers(0, 40, 16)),
-            "bias": np.float32(rng.standard_normal(40)),
-            "class_weights": np.float32(rng.uniform(0.5, 2, 40)),
-            "weights": np.float32(rng.uniform(0.5, 2, 16)),
-        },
-        {
-            "hidden": P("rows"),
-            "kernel": P(None, "classes"),
-            "labels": P("rows"),
-            "bias": P("classes"),
-            "class_weights": P("classes"),
-            "weights": P("rows"),
-        },
-        by=("hidden", "kernel", "bias", "class_weights", "weights"),
-    )
+    return _of(case, loss)
 
 
 def _sinkhorn(tol: float | None) -> Computation:

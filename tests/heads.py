@@ -1,42 +1,37 @@
 """What the tests of the linear head share: inputs, options, gradients, the oracle."""
 
-import functools
-import itertools
-import operator
+import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import registry
+from grids import covering
 
 import xent_jax
 
 LOSS = xent_jax.linear_softmax_cross_entropy
 STATISTICS = xent_jax.linear_softmax_statistics
+FORMS = tuple(form.get("reduction") for form in registry.FUNCTIONS[registry.HEAD].forms)
 
-OPTIONS = (
-    "bias",
-    "where",
-    "weights",
-    "class_mask",
-    "label_smoothing",
-    "class_weights",
-    "z_loss",
-    "softcap",
-)
-OF_STATISTICS = ("bias", "where", "class_mask", "softcap")
+
+def _with_a_truth(name: str) -> tuple[str, ...]:
+    """Returns the options of a head that its oracle has too."""
+    row = registry.FUNCTIONS[name]
+    known = inspect.signature(row.oracle).parameters
+    return tuple(key for key in row.options if registry.keyword_of(key) in known)
+
+
+OPTIONS = _with_a_truth(registry.HEAD)
+OF_STATISTICS = _with_a_truth(registry.HEAD_STATISTICS)
 SINGLES = [(), *((name,) for name in OPTIONS)]
-# The 14 blocks of the Steiner system S(3, 4, 8): every three of the options are
-# together in one of them, and so is every pair, with and without any third.
-QUADRUPLES = [
-    tuple(OPTIONS[index] for index in block)
-    for block in itertools.combinations(range(8), 4)
-    if functools.reduce(operator.xor, block) == 0
-]
-# What a gradient is taken by.
-SMOOTH = ("hidden", "kernel", "bias", "weights", "class_weights", "softcap")
-FORMS = (None, "mean", "sum")
+TRIPLES = covering(OPTIONS)
+ALL = registry.Case(registry.FUNCTIONS[registry.HEAD], OPTIONS)
+OF_ROWS = tuple(name for name, axes in ALL.axes.items() if axes[:1] == "n")
+# What a gradient is taken by, and the oracle has one of.
+SMOOTH = tuple(name for name in ALL.moving if name in oracle.LinearLoss._fields)
 
 
 def head_inputs(
@@ -51,24 +46,8 @@ def head_inputs(
     Of the rows about a third is dropped by `where`, a fifth has weight 0, and a quarter
     of the classes is padding. No label names padding.
     """
-    kept = max(1, classes - classes // 4)
-    values = {
-        "bias": rng.standard_normal(classes),
-        "where": rng.random(batch) < 0.7,
-        "weights": np.where(rng.random(batch) < 0.2, 0.0, rng.uniform(0.5, 2.0, batch)),
-        "class_mask": np.arange(classes) < kept,
-        "label_smoothing": np.float64(0.15),
-        "class_weights": rng.uniform(0.5, 2.0, classes),
-        "z_loss": np.float64(0.05),
-        "softcap": np.float64(1.5),
-    }
-    labels = rng.integers(0, kept if "class_mask" in options else classes, batch)
-    return {
-        "hidden": rng.standard_normal((*batch, features)),
-        "kernel": 2 * rng.standard_normal((features, classes)) / np.sqrt(features),
-        "labels": labels,
-        **{name: values[name] for name in options},
-    }
+    case = registry.Case(registry.FUNCTIONS[registry.HEAD], options)
+    return case.draw(rng, registry.Sizes(batch, classes, features))
 
 
 def cast(inputs: dict[str, Any], hidden: Any, others: Any = None) -> dict[str, Any]:
@@ -85,8 +64,7 @@ def cast(inputs: dict[str, Any], hidden: Any, others: Any = None) -> dict[str, A
 
 def parted(inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the inputs that gradients are taken by, and the others."""
-    moving = {name: inputs[name] for name in SMOOTH if name in inputs}
-    return moving, {name: inputs[name] for name in inputs if name not in moving}
+    return registry.parted([name for name in SMOOTH if name in inputs], inputs)
 
 
 def value_and_gradients(

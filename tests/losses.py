@@ -1,159 +1,134 @@
-"""Every loss as one row: how to call it, and what it is in the oracle.
+"""Losses of `[rows, classes]` inputs and labels, with what they are in the oracle.
 
-Contract tests run every row through every law: transformations, dtypes, masks, strict
-modes. A new loss is a new row.
+Contract tests run every one through every law: transformations, dtypes, masks, strict
+modes. They are made from the rows of `registry.py`.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import oracle
 import pytest
+import registry
+from registry import IDS, Case, Sizes
 
-import xent_jax
+# Every loss that is the integral of its gradient (the linearized one is not), and that
+# is made row by row.
+ROWS = [
+    row
+    for row in registry.ROWS
+    if row.oracle is not None
+    and len(row.result) > 0
+    and row.inputs[0] in ("logits", "student_logits", "log_probs", "probs")
+    and row.name not in (registry.LINEARIZED, registry.SINKHORN)
+]
+SIZES = Sizes((5,), 7)
+OF_LABELS = {
+    "ids": "ids",
+    "indices": "sparse",
+    "targets": "targets",
+    "teacher_logits": "teacher",
+    "answers": "answers",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LossCase:
-    """A loss of `[rows, classes]` inputs; `elementwise` if it keeps the classes."""
+    """A loss as a function of two arrays.
+
+    Attributes:
+      name: of the loss, and of its options.
+      case: the loss with its options.
+      options: their values; numbers are Python's.
+    """
 
     name: str
-    loss: Callable[..., jax.Array]
-    oracle: Callable[..., oracle.Loss]
-    kind: str  # of the labels: ids, sparse, targets, teacher or answers
-    positive: bool  # whether the inputs are probabilities
+    case: Case
     options: dict[str, Any]
 
     @property
+    def loss(self) -> Any:
+        return self.case.row.call
+
+    @property
+    def kind(self) -> str:
+        """What the labels are: ids, sparse, targets, teacher or answers."""
+        return OF_LABELS[self.case.row.labels[0]]
+
+    @property
+    def positive(self) -> bool:
+        """Whether the inputs are probabilities."""
+        return self.case.row.inputs[0] == "probs"
+
+    @property
     def elementwise(self) -> bool:
-        return self.kind == "answers"
+        """Whether the classes are kept."""
+        return "v" in self.case.result
 
     def inputs(self, rng: np.random.Generator, rows: int = 5, classes: int = 7) -> Any:
-        """Returns float64 inputs and labels."""
-        if self.positive:
-            # Away from the clip, where the gradient is straight-through by design.
-            inputs = rng.dirichlet(np.full(classes, 5.0), rows) * 0.8 + 0.02
-        else:
-            inputs = 2 * rng.standard_normal((rows, classes))
-        labels = {
-            "ids": rng.integers(0, classes, rows),
-            "sparse": _packed(rng, rows, classes),
-            "targets": rng.uniform(0.0, 1.0, (rows, classes)),
-            "teacher": 2 * rng.standard_normal((rows, classes)),
-            "answers": rng.uniform(0.0, 1.0, (rows, classes)),
-        }[self.kind]
-        return inputs, labels
+        """Returns float64 inputs and labels; sparse targets lie side by side."""
+        sizes = SIZES._replace(batch=(rows,), classes=classes)
+        inputs, *labels = Case(self.case.row).draw(rng, sizes).values()
+        if self.kind != "sparse":
+            return inputs, *labels
+        ids, probs = labels
+        ids = np.where(rng.random(ids.shape) < 0.2, -1, ids)  # padding
+        return inputs, np.concatenate([ids, np.where(ids < 0, 0, probs)], -1)
+
+    def arguments(self, labels: Any) -> dict[str, Any]:
+        """Returns labels by keyword, and the options."""
+        if self.kind == "sparse":
+            return unpacked(labels) | self.options
+        return {list(self.case.keys)[1]: labels} | self.options
 
     def __call__(self, inputs: Any, labels: Any, **more: Any) -> jax.Array:
-        return self.loss(inputs, labels, **self.options, **more)
+        return self.loss(inputs, **self.arguments(labels), **more)
 
     def truth(self, inputs: Any, labels: Any, **more: Any) -> oracle.Loss:
-        return self.oracle(inputs, labels, **self.options, **more)
-
-
-IDS = 3  # of sparse targets, a row
-
-
-def _packed(rng: np.random.Generator, rows: int, classes: int) -> np.ndarray:
-    """Returns class ids and their probabilities side by side: one array of labels."""
-    ids = rng.integers(-1, classes, (rows, IDS))
-    probs = np.where(ids < 0, 0, rng.uniform(0.0, 1.0, (rows, IDS)))
-    return np.concatenate([ids, probs], -1)
+        return self.case.row.oracle(inputs, **self.arguments(labels), **more)
 
 
 def unpacked(labels: Any) -> dict[str, Any]:
-    """Returns the arguments that packed labels stand for."""
+    """Returns the arguments that ids and probabilities side by side stand for."""
     labels = labels if hasattr(labels, "astype") else np.asarray(labels)
-    return {"indices": labels[..., :IDS].astype(np.int32), "probs": labels[..., IDS:]}
+    return {
+        "indices": labels[..., : SIZES.ids].astype(np.int32),
+        "probs": labels[..., SIZES.ids :],
+    }
 
 
-def _sparse(logits: Any, labels: Any, **options: Any) -> jax.Array:
-    loss = xent_jax.softmax_cross_entropy_with_sparse_targets
-    return loss(logits, **unpacked(labels), **options)
+def _case(label: str, case: Case) -> LossCase:
+    drawn = registry.narrow(case.draw(np.random.default_rng(0), SIZES))
+    options = {
+        word: drawn[word] if drawn[word].ndim else float(drawn[word])
+        for word in case.words
+    }
+    name = "-".join(filter(None, [case.row.name, label]))
+    return LossCase(name, case, options | dict(case.static))
 
 
-def _sparse_truth(logits: Any, labels: Any, **options: Any) -> oracle.Loss:
-    loss = oracle.softmax_cross_entropy_with_sparse_targets
-    return loss(logits, **unpacked(labels), **options)
-
-
-_WEIGHTS = np.linspace(0.5, 2.0, 7, dtype=np.float32)
-
-
-def _case(name: str, kind: str, label: str = "", **options: Any) -> LossCase:
-    positive = name in ("categorical_cross_entropy", "binary_cross_entropy")
-    if kind == "sparse":
-        return LossCase(f"{name}{label}", _sparse, _sparse_truth, kind, False, options)
-    loss, truth = getattr(xent_jax, name), getattr(oracle, name)
-    return LossCase(f"{name}{label}", loss, truth, kind, positive, options)
-
-
-SPARSE = "softmax_cross_entropy_with_sparse_targets"
-INTEGER = "softmax_cross_entropy_with_integer_labels"
-CASES = [
-    _case(INTEGER, "ids"),
-    _case(INTEGER, "ids", "-smoothed", label_smoothing=0.1),
-    _case(INTEGER, "ids", "-weighted", class_weights=_WEIGHTS),
-    _case(INTEGER, "ids", "-z_loss", z_loss=0.01),
-    _case(
-        INTEGER,
-        "ids",
-        "-all",
-        label_smoothing=0.1,
-        class_weights=_WEIGHTS,
-        z_loss=0.01,
-    ),
-    _case("softmax_cross_entropy", "targets"),
-    _case(
-        "softmax_cross_entropy",
-        "targets",
-        "-all",
-        label_smoothing=0.1,
-        class_weights=_WEIGHTS,
-        z_loss=0.01,
-    ),
-    _case(SPARSE, "sparse"),
-    _case(
-        SPARSE,
-        "sparse",
-        "-all",
-        label_smoothing=0.1,
-        class_weights=_WEIGHTS,
-        z_loss=0.01,
-    ),
-    _case("softmax_kl_divergence", "teacher"),
-    _case(
-        "softmax_kl_divergence",
-        "teacher",
-        "-reverse",
-        direction="reverse",
-        temperature=2.0,
-    ),
-    _case("sigmoid_binary_cross_entropy", "answers"),
-    _case(
-        "sigmoid_binary_cross_entropy",
-        "answers",
-        "-all",
-        label_smoothing=0.1,
-        pos_weight=_WEIGHTS,
-    ),
-    _case("nll_loss", "ids"),
-    _case("nll_loss", "ids", "-weighted", class_weights=_WEIGHTS),
-    _case("categorical_cross_entropy", "targets"),
-    _case("binary_cross_entropy", "answers"),
-]
-"""Every loss that is the integral of its gradient (the linearized one is not)."""
+def _cases() -> list[LossCase]:
+    """Returns each loss, with all that is no mask, and ids with each of that."""
+    cases = []
+    for row in ROWS:
+        cases.append(_case("", Case(row, (), row.forms[0])))
+        options = row.unmasked()
+        if row.name == IDS:
+            cases += [_case(key, Case(row, (key,))) for key in options]
+        if options:
+            cases.append(_case("all", Case(row, options, row.forms[-1])))
+    return cases
 
 
 def _once(case: LossCase) -> bool:
     """Whether the case is one option alone of those that another has together."""
-    later = case.kind in ("sparse", "teacher") and case.options
-    return bool(later) or (case.name.startswith(INTEGER) and len(case.options) == 1)
+    later = case.kind in ("sparse", "teacher") and case.case.options
+    return bool(later) or (case.loss.__name__ == IDS and len(case.options) == 1)
 
 
+CASES = _cases()
 _MARKS = [pytest.mark.once, pytest.mark.exhaustive]
 EACH = [
     pytest.param(case, id=case.name, marks=_MARKS if _once(case) else [])

@@ -1,10 +1,9 @@
-"""Every function as one row: its arguments, and which of their axes a mesh may shard.
+"""Cases for meshes of every kind: which axes of their arguments may be sharded.
 
-The tests of meshes run every row over every kind of mesh. A new function, or a new
-argument, is a new row here.
+They are made from the rows of `registry.py`, so that a new function or a new option is
+among them.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,256 +12,65 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-import xent_jax
+import registry
+from registry import ASSIGNMENT, DENSE, DIVERGENCE, HEAD, IDS, Case
 
 ROWS, FEATURES, CLASSES = 8, 6, 16
 DATA, VOCAB = "data", "vocab"  # the mesh axes
-MESH_SHAPES = {"rows": (8, 1), "classes": (1, 8), "both": (2, 4)}
-
-IDS = 3  # of sparse targets, a row
-
-# What an argument's axes are: rows (n), classes (v), features (d), ids of a row (k).
-AXES = {
-    "logits": "nv",
-    "log_probs": "nv",
-    "probs": "nv",
-    "scores": "nv",
-    "hidden": "nd",
-    "kernel": "dv",
-    "values": "n",
-    "ids": "n",
-    "indices": "nk",
-    "label_indices": "nk",
-    "id_probs": "nk",
-    "label_probs": "nk",
-    "targets": "nv",
-    "teacher_logits": "nv",
-    "teacher_hidden": "nd",
-    "teacher_kernel": "dv",
-    "teacher_bias": "v",
-    "row_temperature": "n",
-    "where": "n",
-    "where_classes": "nv",
-    "weights": "n",
-    "class_mask": "v",
-    "bias": "v",
-    "class_weights": "v",
-    "prior": "v",
-    "pos_weight": "v",
-    "pos_weight_full": "nv",
-    "pos_weight_one": "",
-    "label_smoothing": "",
-    "z_loss": "",
-    "softcap": "",
-    "temperature": "",
-}
-# The others are named as the argument that they are given as.
-ARGUMENT = {
-    "ids": "labels",
-    "label_indices": "labels",
-    "id_probs": "probs",
-    "row_temperature": "temperature",
-    "targets": "labels",
-    "where_classes": "where",
-    "pos_weight_full": "pos_weight",
-    "pos_weight_one": "pos_weight",
-}
-DISCRETE = ("ids", "indices", "label_indices", "where", "where_classes", "class_mask")
+SHARDED = {"rows": (DATA, None), "classes": (None, VOCAB), "both": (DATA, VOCAB)}
+SIZES = registry.Sizes((ROWS,), CLASSES, FEATURES)
+# Of the others, what a mesh does to them with options it does without.
+PLAIN = (*registry.LOSSES, DIVERGENCE, registry.SIGMOID, registry.MEAN, HEAD)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class MeshCase:
-    """A function with what it is given.
+def _options_of(row: registry.Function) -> list[tuple[str, ...]]:
+    """Returns none of the options, all of them, and what has the classes alone."""
+    alone = [
+        (key,)
+        for key in row.options
+        if registry.ARGUMENTS[key].axes == "v" and row.name in (IDS, DENSE)
+    ]
+    return list(dict.fromkeys([(), *alone, *row.every()]))
 
-    Attributes:
-      name: of the test.
-      function: the public function.
-      inputs: keys of `AXES`; the first, or for a head the first two, say how rows and
-        classes are sharded.
-      result: the axes of what it returns.
-      names: the options it takes that name a mesh axis.
-      static: other options.
-      constant: inputs without a derivative, or with one of 0.
-    """
 
-    name: str
-    function: Callable[..., Any]
-    inputs: tuple[str, ...]
-    result: str
-    names: tuple[str, ...]
-    static: dict[str, Any]
-    constant: tuple[str, ...]
+CASES = [
+    Case(row, options, form)
+    for row in registry.ROWS
+    for options in _options_of(row)
+    for form in row.forms
+]
 
-    @property
-    def leading(self) -> tuple[str, ...]:
-        return self.inputs[: 2 if "kernel" in self.inputs else 1]
 
-    @property
-    def moving(self) -> tuple[str, ...]:
-        """What derivatives are taken by."""
-        return tuple(n for n in self.inputs if n not in (*DISCRETE, *self.constant))
+def marks_of(case: Case) -> list:
+    """Returns the marks of a test of the case."""
+    few = case.options or case.row.key in PLAIN or not case.row.options
+    kept = few or (case.row.name == ASSIGNMENT and "tol" in case.static)
+    return [] if kept else [pytest.mark.exhaustive]
 
-    def axes(self) -> dict[str, str]:
-        """Returns the axes of every input."""
-        return {name: AXES[name] for name in self.inputs}
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the inputs."""
-        return {name: _numbers()[name] for name in self.inputs}
+def each(cases: list[Case]) -> Any:
+    """Returns the mark of a test of every one of the cases."""
+    parameters = [pytest.param(c, id=c.name, marks=marks_of(c)) for c in cases]
+    return pytest.mark.parametrize("case", parameters)
 
-    def __call__(self, arrays: dict[str, Any], **names: Any) -> Any:
-        named = {ARGUMENT.get(name, name): array for name, array in arrays.items()}
-        return self.function(**named, **self.static, **names)
+
+every_case = each(CASES)
 
 
 @functools.cache
-def _numbers() -> dict[str, np.ndarray]:
-    """Returns an array for every key of `AXES`."""
-    rng = np.random.default_rng(11)
-    shapes = {"n": ROWS, "v": CLASSES, "d": FEATURES, "k": IDS}
-    numbers: dict[str, Any] = {
-        name: rng.uniform(0.2, 0.9, [shapes[axis] for axis in axes])
-        for name, axes in AXES.items()
-    }
-    signed = ("logits", "scores", "hidden", "kernel", "bias")
-    for name in (*signed, *(name for name in AXES if name.startswith("teacher"))):
-        numbers[name] = rng.standard_normal(numbers[name].shape)
-    numbers["log_probs"] = np.log(numbers["probs"])
-    kept = CLASSES * 3 // 4
-    floats = {name: np.float32(array) for name, array in numbers.items()}
-    return floats | {
-        "ids": np.int32(rng.integers(0, kept, ROWS)),
-        "indices": np.int32(rng.integers(0, kept, (ROWS, IDS))),
-        "label_indices": np.int32(rng.integers(0, kept, (ROWS, IDS))),
-        "where": np.arange(ROWS) % 3 > 0,
-        "where_classes": np.tile(np.arange(CLASSES) < kept, (ROWS, 1)),
-        "class_mask": np.arange(CLASSES) < kept,
-        "label_smoothing": np.float32(0.1),
-        "z_loss": np.float32(0.05),
-    }
+def arrays_of(case: Case) -> dict[str, np.ndarray]:
+    """Returns the arguments by keyword, in float32."""
+    return registry.narrow(case.draw(np.random.default_rng(11), SIZES))
 
 
-def _case(
-    function: str,
-    inputs: str,
-    result: str = "n",
-    names: tuple[str, ...] = (),
-    constant: tuple[str, ...] = (),
-    **static: Any,
-) -> MeshCase:
-    keys = tuple(inputs.split())
-    options = "-".join([*keys[1:], *(f"{k}={v}" for k, v in static.items())])
-    return MeshCase(
-        f"{function}-{options}",
-        getattr(xent_jax, function),
-        keys,
-        result,
-        names,
-        static,
-        constant,
-    )
+def leading(case: Case) -> tuple[str, ...]:
+    """Returns the keywords of what says how rows and classes are sharded."""
+    return tuple(case.keys)[: 2 if "kernel" in case.keys else 1]
 
 
-_OPTIONS = "label_smoothing class_weights z_loss"
-_CLASSES, _BATCH = ("class_axis_name",), ("batch_axis_name",)
-_HEAD = "hidden kernel ids"
-_HEAD_OPTIONS = f"bias where weights class_mask {_OPTIONS} softcap"
-_TEACHER = ("teacher_hidden", "teacher_kernel", "teacher_bias")
-_SPARSE = "softmax_cross_entropy_with_sparse_targets"
-_IDS = "softmax_cross_entropy_with_integer_labels"
-CASES = [
-    *(
-        _case(function, f"logits {labels}{more}", names=_CLASSES)
-        for function, labels in ((_IDS, "ids"), ("softmax_cross_entropy", "targets"))
-        for more in ("", " class_weights", f" where {_OPTIONS}")
-    ),
-    *(
-        _case(function, f"logits {labels} where_classes {_OPTIONS}", names=_CLASSES)
-        for function, labels in ((_IDS, "ids"), ("softmax_cross_entropy", "targets"))
-    ),
-    *(
-        _case(_SPARSE, f"logits indices id_probs{more}", names=_CLASSES)
-        for more in ("", f" where {_OPTIONS}", f" where_classes {_OPTIONS}")
-    ),
-    *(
-        _case(
-            "softmax_kl_divergence",
-            f"logits teacher_logits{more}",
-            names=_CLASSES,
-            constant=("teacher_logits",),
-            direction=direction,
-        )
-        for direction in ("forward", "reverse")
-        for more in ("", " where_classes")
-    ),
-    _case("softmax_statistics", "logits ids where_classes", names=_CLASSES),
-    _case("nll_loss", "log_probs ids where class_weights"),
-    _case("nll_loss", "log_probs ids where_classes"),
-    _case("categorical_cross_entropy", "probs targets where"),
-    _case("categorical_cross_entropy", "probs targets where_classes"),
-    _case("binary_cross_entropy", "probs targets where_classes", "nv"),
-    _case("sigmoid_binary_cross_entropy", "logits targets", "nv"),
-    *(
-        _case(
-            "sigmoid_binary_cross_entropy",
-            f"logits targets where_classes {weight} label_smoothing",
-            "nv",
-        )
-        for weight in ("pos_weight", "pos_weight_full", "pos_weight_one")
-    ),
-    _case("linearized_softmax_cross_entropy", "logits targets", constant=("targets",)),
-    _case("sinkhorn_targets", "scores where prior", "nv", _BATCH, num_iters=4),
-    _case("sinkhorn_targets", "scores", "nv", _BATCH, num_iters=4, tol=0.1),
-    _case(
-        "sinkhorn_cross_entropy",
-        "logits scores where prior temperature",
-        names=_BATCH,
-        constant=("scores", "prior"),
-    ),
-    _case("weighted_mean", "values weights", "", _BATCH),
-    _case("weighted_mean", "values", "", _BATCH),
-    _case("linear_softmax_cross_entropy", _HEAD, names=_CLASSES),
-    _case("linear_softmax_cross_entropy", f"{_HEAD} {_HEAD_OPTIONS}", names=_CLASSES),
-    *(
-        _case(
-            "linear_softmax_cross_entropy",
-            f"{_HEAD}{more}",
-            "",
-            (*_CLASSES, *_BATCH),
-            reduction=reduction,
-        )
-        for reduction in ("mean", "sum")
-        for more in ("", f" {_HEAD_OPTIONS}")
-    ),
-    _case(
-        "linear_softmax_statistics",
-        f"{_HEAD} bias where class_mask softcap row_temperature",
-        names=_CLASSES,
-    ),
-    *(
-        _case(
-            "linear_softmax_cross_entropy",
-            f"hidden kernel label_indices label_probs row_temperature {_HEAD_OPTIONS}",
-            "" if reduction else "n",
-            (*_CLASSES, *_BATCH) if reduction else _CLASSES,
-            **({"reduction": reduction} if reduction else {}),
-        )
-        for reduction in (None, "mean")
-    ),
-    *(
-        _case(
-            "linear_softmax_kl_divergence",
-            f"hidden kernel {' '.join(_TEACHER)} bias where weights class_mask",
-            "" if reduction else "n",
-            (*_CLASSES, *_BATCH) if reduction else _CLASSES,
-            constant=_TEACHER,
-            **({"reduction": reduction} if reduction else {}),
-        )
-        for reduction in (None, "mean")
-    ),
-]
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def parted(case: Case, arrays: dict[str, Any]) -> tuple[Any, Any]:
+    """Returns what derivatives are taken by, and the rest."""
+    return registry.parted(case.moving, arrays)
 
 
 def mesh_of(shape: tuple[int, int], kind: str) -> jax.sharding.Mesh:
@@ -286,12 +94,6 @@ def total_of(results: Any) -> jax.Array:
     return functools.reduce(jnp.add, squares)
 
 
-def parted(case: MeshCase, arrays: dict[str, Any]) -> tuple[Any, Any]:
-    """Returns what derivatives are taken by, and the rest."""
-    moving = {name: arrays[name] for name in case.moving}
-    return moving, {name: arrays[name] for name in arrays if name not in moving}
-
-
 def derivatives(function: Callable[..., Any], moving: Any, rest: Any) -> Any:
     """Returns results, gradient of their total, and its tangent in a direction."""
 
@@ -306,10 +108,10 @@ def derivatives(function: Callable[..., Any], moving: Any, rest: Any) -> Any:
 
 
 @functools.cache
-def expected_of(case: MeshCase) -> Any:
+def expected_of(case: Case) -> Any:
     """Returns what `derivatives` are without a mesh."""
     run = jax.jit(functools.partial(derivatives, case))
-    return jax.device_get(run(*parted(case, case.arrays())))
+    return jax.device_get(run(*parted(case, arrays_of(case))))
 
 
 def assert_same(computed: Any, expected: Any) -> None:

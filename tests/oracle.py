@@ -155,7 +155,7 @@ def softmax_cross_entropy_with_sparse_targets(
 
 def softmax_kl_divergence(
     logits: Any,
-    teacher: Any,
+    teacher_logits: Any,
     axis: int = -1,
     where: Any = None,
     *,
@@ -174,7 +174,7 @@ def softmax_kl_divergence(
         values = np.where(rows, values, 0)
         return values - _log_sum_exp(values, axis)
 
-    log_p, log_q = log_softmax(logits), log_softmax(teacher)
+    log_p, log_q = log_softmax(logits), log_softmax(teacher_logits)
     first, second = (log_p, log_q) if direction == "reverse" else (log_q, log_p)
     mass = np.exp(first)
     with np.errstate(invalid="ignore"):
@@ -567,6 +567,29 @@ def exact_softmax_cross_entropy(
                 [slope * e / normalizer - a for a, e in zip(t, powers, strict=True)]
             )
     return np.array(values, object), np.array(gradients, object)
+
+
+def exact_loss_of_a_row(
+    logits: Any,
+    keep: Any,
+    label: int,
+    *,
+    label_smoothing: float = 0.0,
+    class_weights: Any = None,
+    z_loss: float = 0.0,
+) -> Any:
+    """The loss of one class id in mpmath, to the digits of its context."""
+    import mpmath
+
+    kept = [index for index in range(len(logits)) if keep[index]]
+    weights = _flat_weights(class_weights, len(logits))
+    normalizer = mpmath.log(mpmath.fsum(mpmath.exp(logits[i]) for i in kept))
+    smoothing = mpmath.mpf(label_smoothing)
+    loss = z_loss * normalizer**2
+    for index in kept:
+        target = smoothing / len(kept) + (1 - smoothing) * (index == label)
+        loss += float(weights[index]) * target * (normalizer - logits[index])
+    return loss
 
 
 def exact_sigmoid_binary_cross_entropy(

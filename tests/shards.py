@@ -11,6 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import registry
+from mesh_cases import spec_of
+from registry import DENSE
+from registry import IDS as INTEGER
 
 import xent_jax
 
@@ -50,18 +54,21 @@ class Case(NamedTuple):
     oracle: Any
     dense: bool
     mask: str | None  # rows or classes
-    options: tuple[str, ...]
+    with_options: registry.Case
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return self.with_options.words
 
 
-INTEGER = "softmax_cross_entropy_with_integer_labels"
-DENSE = "softmax_cross_entropy"
-OPTIONS = ("class_weights", "label_smoothing", "z_loss")
+OPTIONS = registry.FUNCTIONS[INTEGER].unmasked()
 
 
 def case(name: str, mask: str | None, *options: str) -> Case:
     loss, truth = getattr(xent_jax, name), getattr(oracle, name)
     label = "-".join([name, *options, f"{mask}-masked"])
-    return Case(label, loss, truth, name == DENSE, mask, options)
+    given = registry.Case(registry.FUNCTIONS[name], options)
+    return Case(label, loss, truth, name == DENSE, mask, given)
 
 
 class Batch(NamedTuple):
@@ -88,17 +95,10 @@ def batch(case: Case, special: bool, classes: int = CLASSES) -> Batch:
     kept[-4:, 0] = True
     if special:
         _make_special(logits, ids, labels, rows, kept)
-    moving = {
-        "logits": logits,
-        "class_weights": rng.uniform(0.5, 2.0, classes),
-        "label_smoothing": np.float32(0.1),
-        "z_loss": np.float32(0.01),
-    }
+    drawn = case.with_options.draw(rng, registry.Sizes((ROWS,), classes))
+    drawn["logits"] = logits
     return Batch(
-        {
-            name: np.asarray(moving[name], np.float32)
-            for name in ("logits", *case.options)
-        },
+        {name: np.float32(drawn[name]) for name in ("logits", *case.options)},
         np.float32(labels) if case.dense else np.int32(ids),
         {None: None, "rows": rows, "classes": kept}[case.mask],
     )
@@ -168,9 +168,8 @@ def losses_of(case: Case, batch: Batch, setting: Setting | None) -> Any:
 def specs_of(case: Case, batch: Batch, rows: str | None = "rows") -> Batch:
     """Returns how the arguments are sharded."""
     full, row = P(rows, "classes"), P(rows)
-    moving = {name: P() for name in batch.moving} | {"logits": full}
-    if "class_weights" in moving:
-        moving["class_weights"] = P("classes")
+    axes = case.with_options.axes
+    moving = {name: spec_of(axes[name], rows, "classes") for name in batch.moving}
     where = {None: None, "rows": row, "classes": full}[case.mask]
     return Batch(moving, full if case.dense else row, where)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from registry import FUNCTIONS
 
 pytestmark = pytest.mark.once
 
@@ -150,6 +151,14 @@ def test_the_cases_of_logits_are_what_people_run(benchmark):
         ):
             assert (labels, mode, dtype, number) in found
     assert {case.axis for case in cases if len(case.shape) == 4} == {1, -1}
+
+
+def test_the_losses_are_those_of_the_registry(benchmark):
+    kinds = {case.labels for case in benchmark.logits_cases()}
+    assert kinds == benchmark.LOSSES.keys() == benchmark.NAIVE.keys()
+    rows = {kind: FUNCTIONS[name] for kind, (name, _) in benchmark.LOSSES.items()}
+    of_ids = {kind for kind, row in rows.items() if row.labels == ("ids",)}
+    assert of_ids == {"integer", "log-probabilities"}
 
 
 def test_the_sweep_is_of_twenty_numbers_of_classes(benchmark, monkeypatch, tmp_path):

@@ -1,52 +1,34 @@
 """How much there is to trace and to compile: counted, not timed."""
 
 import jax
-import jax.numpy as jnp
 import pytest
+import registry
+from registry import FUNCTIONS, Case
 
-import xent_jax
-
-IDS = xent_jax.softmax_cross_entropy_with_integer_labels
-HEAD = xent_jax.linear_softmax_cross_entropy
-ROWS, CLASSES, FEATURES = 2048, 32768, 1024
-
-
-def shape(*axes, dtype=jnp.float32):
-    return jax.ShapeDtypeStruct(axes, dtype)
-
-
-LOGITS, LABELS = shape(ROWS, CLASSES), shape(ROWS, dtype=jnp.int32)
-HIDDEN, KERNEL = shape(ROWS, FEATURES), shape(FEATURES, CLASSES)
-# The mean that is differentiated, its arguments, and the most equations and lines.
+SIZES = registry.Sizes((2048,), 32768, 1024)
+IDS, DENSE, HEAD = (
+    FUNCTIONS[name] for name in (registry.IDS, registry.DENSE, registry.HEAD)
+)
+# The loss that is differentiated, and the most equations and lines.
 PROGRAMS = {
-    "ids": (lambda x, y: IDS(x, y).mean(), (LOGITS, LABELS), 250, 1000),
-    "ids, all options": (
-        lambda x, y, keep, w: IDS(
-            x, y, where=keep, label_smoothing=0.1, class_weights=w, z_loss=1e-4
-        ).mean(),
-        (LOGITS, LABELS, shape(ROWS, CLASSES, dtype=jnp.bool_), shape(CLASSES)),
-        600,
-        2250,
-    ),
-    "dense": (
-        lambda x, t: xent_jax.softmax_cross_entropy(x, t).mean(),
-        (LOGITS, LOGITS),
-        250,
-        1350,
-    ),
-    "head, mean": (
-        lambda h, k, y: HEAD(h, k, y, reduction="mean"),
-        (HIDDEN, KERNEL, LABELS),
-        400,
-        900,
-    ),
-    "head, per row": (
-        lambda h, k, y: HEAD(h, k, y).mean(),
-        (HIDDEN, KERNEL, LABELS),
-        400,
-        900,
-    ),
+    "ids": (Case(IDS), 250, 1000),
+    "ids, all options": (Case(IDS, IDS.every()[-1]), 600, 2250),
+    "dense": (Case(DENSE), 250, 1350),
+    "head, mean": (Case(HEAD, (), {"reduction": "mean"}), 400, 900),
+    "head, per row": (Case(HEAD), 400, 900),
 }
+
+
+def mean_of(case):
+    """Returns the mean, as a function of what it is differentiated by, and the rest.
+
+    Numbers are constants.
+    """
+    numbers = case.numbers
+    shapes = case.shapes(SIZES)
+    by = list(case.keys)[: 2 if "kernel" in case.keys else 1]
+    parts = registry.parted(by, {w: s for w, s in shapes.items() if w not in numbers})
+    return lambda moving, rest: case(moving | rest | numbers).mean(), parts
 
 
 def equations(jaxpr):
@@ -64,19 +46,17 @@ def equations(jaxpr):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_value_and_gradient_are_small_programs(name):
-    mean, arguments, most_equations, most_lines = PROGRAMS[name]
-    by = (0, 1) if name.startswith("head") else 0
-    function = jax.value_and_grad(mean, by)
+    case, most_equations, most_lines = PROGRAMS[name]
+    mean, arguments = mean_of(case)
+    function = jax.value_and_grad(mean)
     assert equations(jax.make_jaxpr(function)(*arguments).jaxpr) <= most_equations
     lowered = jax.jit(function).lower(*arguments)
     assert len(lowered.as_text().splitlines()) <= most_lines
 
 
 def test_an_accelerator_does_not_pay_for_the_form_of_a_cpu():
-    def mean(logits, labels):
-        return IDS(logits, labels).mean()
-
-    exported = jax.jit(jax.value_and_grad(mean)).trace(LOGITS, LABELS)
+    mean, arguments = mean_of(Case(IDS))
+    exported = jax.jit(jax.value_and_grad(mean)).trace(*arguments)
     text = exported.lower(lowering_platforms=("tpu",)).as_text()
     assert len(text.splitlines()) <= 350
     assert "stablehlo.slice" not in text

@@ -15,58 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import registry
 from grids import shortened
+from registry import EXTREME, FUNCTIONS, Case
 
 import xent_jax
 
-
-@pytest.fixture(autouse=True, scope="module")
-def unoptimized():
-    """Compiles in half of the time: what is computed is the same."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-ROWS, CLASSES, FEATURES = 6, 5, 3
-RNG = np.random.default_rng(20240229)
-
-
-def _logits() -> np.ndarray:
-    """Ordinary rows; a tie; a label, 1, ahead and behind; rivals the caller masked."""
-    logits = 2 * RNG.standard_normal((ROWS, CLASSES))
-    logits[1] = 0.5
-    logits[2, 1], logits[3, 1] = 150, -150
-    logits[4] = -1e9
-    logits[4, 1] = 2
-    return logits.astype(np.float32)
-
-
-LOGITS = _logits()
-MODERATE = np.clip(LOGITS, -4, 4)
-LABELS = np.array([0, 1, 1, 1, 1, 4])
-TARGETS = RNG.dirichlet(np.ones(CLASSES), ROWS).astype(np.float32)
-# No target, certain ones, and targets that do not sum to one.
-TARGETS[1:4] = [[0, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 2, 0, 0.5, 0]]
-ANSWERS = np.clip(TARGETS, 0, 1)
-PROBS = RNG.dirichlet(np.full(CLASSES, 3), ROWS).astype(np.float32)
-PROBS[2:4] = [[0, 1, 0, 0, 0], [1, 0, 0, 0, 0]]
-IDS = {"indices": np.array([[0, 2], [1, -1], [1, 2], [1, 0], [1, -1], [4, 2]])}
-PROBS_OF_IDS = np.array(
-    [[0.5, 0.5], [1, 0], [0.3, 0.7], [0.9, 0], [1, 0], [2, 1]], np.float32
-)
-WEIGHTS = np.array([0.5, 2, 0, 1, 3], np.float32)
-ROW_WEIGHTS = np.array([0.5, 2, 0, 1, 3, 0], np.float32)
-KEEP_ROWS = np.array([True, True, False, True, True, False])
-# A row that keeps nothing, one that keeps its label alone; every other label is kept.
-KEEP_CLASSES = np.eye(CLASSES, dtype=bool)[LABELS] | (np.arange(CLASSES) % 2 == 0)
-KEEP_CLASSES[0] = False
-KEEP_CLASSES[1] = np.arange(CLASSES) == 1
-
-HIDDEN = RNG.standard_normal((ROWS, FEATURES)).astype(np.float32)
-HIDDEN[2] *= 60
-KERNEL = 2 * RNG.standard_normal((FEATURES, CLASSES)).astype(np.float32)
-SCORES = RNG.uniform(-1, 1, (ROWS, CLASSES)).astype(np.float32)
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 
 class Call(NamedTuple):
@@ -77,143 +32,35 @@ class Call(NamedTuple):
     rest: dict[str, Any]
 
 
-OF_CLASSES = {
-    "plain": ({}, {}),
-    "rows": ({}, {"where": KEEP_ROWS}),
-    "classes": ({}, {"where": KEEP_CLASSES}),
-    "smoothing": ({}, {"label_smoothing": 0.1}),
-    "weights": ({"class_weights": WEIGHTS}, {}),
-    "z_loss": ({}, {"z_loss": 0.1}),
-    "all": (
-        {"class_weights": WEIGHTS},
-        {"where": KEEP_CLASSES, "label_smoothing": 0.1, "z_loss": 0.1},
-    ),
-}
-OF_HEADS = {
-    "plain": ({}, {}),
-    "rows": ({}, {"where": KEEP_ROWS}),
-    "classes": ({}, {"class_mask": np.arange(CLASSES) != 3}),
-    "all": (
-        {
-            "bias": WEIGHTS,
-            "weights": ROW_WEIGHTS,
-            "class_weights": WEIGHTS,
-            "softcap": np.float32(5),
-        },
-        {
-            "where": KEEP_ROWS,
-            "class_mask": np.arange(CLASSES) != 3,
-            "label_smoothing": 0.1,
-            "z_loss": 0.1,
-        },
-    ),
-}
-BLOCKS = {None: {"class_block": 2}, "mean": {"row_block": 4}}
+def _call(case: Case, **changed: Any) -> Call:
+    """Returns a call with the hardest arguments that are finite, or some others."""
+    drawn = case.draw(np.random.default_rng(20240229), extreme=True)
+    arrays = registry.narrow(drawn) | changed
+    moving = [n for n in case.moving if np.asarray(arrays[n]).dtype != bool]
+    moving, rest = registry.parted(moving, arrays)
+    static = dict(case.static)
+    if "kernel" in arrays:
+        static |= {"row_block": 4} if "reduction" in static else {"class_block": 2}
+    return Call(case.row.call, moving, rest | static)
 
 
 def _calls() -> Iterator[tuple[str, Call]]:
-    x, y, t = {"logits": LOGITS}, {"labels": LABELS}, {"labels": TARGETS}
-    for name, (moving, rest) in OF_CLASSES.items():
-        ids = xent_jax.softmax_cross_entropy_with_integer_labels
-        yield f"ids, {name}", Call(ids, x | moving, y | rest)
-        dense = xent_jax.softmax_cross_entropy
-        yield f"dense, {name}", Call(dense, x | t | moving, rest)
-        sparse = xent_jax.softmax_cross_entropy_with_sparse_targets
-        call = Call(sparse, x | {"probs": PROBS_OF_IDS} | moving, IDS | rest)
-        yield f"sparse, {name}", call
-    for name in ("plain", "rows", "classes"):
-        rest = OF_CLASSES[name][1]
-        statistics = xent_jax.softmax_statistics
-        yield f"given statistics, {name}", Call(statistics, x, y | rest)
-        for direction in ("forward", "reverse"):
-            rest = rest | {"teacher_logits": MODERATE, "direction": direction}
-            call = Call(
-                xent_jax.softmax_kl_divergence, {"logits": MODERATE[::-1]}, rest
-            )
-            yield f"divergence, {direction}, {name}", call
-    linearized = xent_jax.linearized_softmax_cross_entropy
-    yield "linearized", Call(linearized, x, t)
-    answers = {"labels": ANSWERS}
-    for name, moving, rest in (
-        ("plain", {}, {}),
-        ("where", {}, {"where": KEEP_CLASSES}),
-        ("options", {"pos_weight": WEIGHTS}, {"label_smoothing": 0.1}),
-    ):
-        sigmoid = xent_jax.sigmoid_binary_cross_entropy
-        yield f"sigmoid, {name}", Call(sigmoid, x | answers | moving, rest)
-    log_probs = {"log_probs": np.asarray(jax.nn.log_softmax(MODERATE))}
-    for name in ("plain", "rows", "classes", "weights"):
-        moving, rest = OF_CLASSES[name]
-        yield f"nll, {name}", Call(xent_jax.nll_loss, log_probs | moving, y | rest)
-    probs = {"probs": PROBS}
-    for name in ("plain", "rows", "classes"):
-        rest = OF_CLASSES[name][1]
-        categorical = xent_jax.categorical_cross_entropy
-        yield f"categorical, {name}", Call(categorical, probs | t, rest)
-    for name, rest in (("plain", {}), ("where", {"where": KEEP_CLASSES})):
-        binary = xent_jax.binary_cross_entropy
-        yield f"binary, {name}", Call(binary, probs | answers, rest)
-    yield from _calls_of_heads()
-    yield from _calls_of_scores()
-    values = {"values": MODERATE[:, 0]}
-    for name, moving, rest in (
-        ("plain", {}, {}),
-        ("mask", {}, {"weights": KEEP_ROWS}),
-        ("weights", {"weights": ROW_WEIGHTS}, {}),
-        ("nothing", {"weights": 0 * ROW_WEIGHTS}, {}),
-    ):
-        mean = xent_jax.weighted_mean
-        yield f"weighted mean, {name}", Call(mean, values | moving, rest)
-
-
-def _calls_of_heads() -> Iterator[tuple[str, Call]]:
-    head = {"hidden": HIDDEN, "kernel": KERNEL}
-    for name, (moving, rest) in OF_HEADS.items():
-        for reduction, block in BLOCKS.items():
-            more = {"labels": LABELS, "reduction": reduction, **block}
-            loss = xent_jax.linear_softmax_cross_entropy
-            yield f"head, {name}, {reduction}", Call(loss, head | moving, rest | more)
-            if name in ("plain", "all"):
-                more |= {"labels": IDS["indices"]}
-                few = {"label_probs": PROBS_OF_IDS, "temperature": ROW_WEIGHTS + 1}
-                call = Call(loss, head | few | moving, rest | more)
-                yield f"sparse head, {name}, {reduction}", call
-        teacher = {"teacher_hidden": HIDDEN[::-1], "teacher_kernel": KERNEL[:, ::-1]}
-        for reduction, block in BLOCKS.items():
-            names = ("where", "class_mask", "bias", "softcap", "weights")
-            both = rest | teacher | {"reduction": reduction, **block}
-            names = (*names, *teacher, *both.keys() & {"reduction", *block})
-            both = {k: v for k, v in both.items() if k in names}
-            some = {k: v for k, v in moving.items() if k in names}
-            call = Call(xent_jax.linear_softmax_kl_divergence, head | some, both)
-            yield f"divergence of heads, {name}, {reduction}", call
-        names = ("where", "class_mask", "bias", "softcap", "labels")
-        rest = {k: v for k, v in (rest | {"labels": LABELS}).items() if k in names}
-        moving = {k: v for k, v in moving.items() if k in names}
-        statistics = xent_jax.linear_softmax_statistics
-        call = Call(statistics, head | moving, rest | {"class_block": 2})
-        yield f"statistics, {name}", call
-
-
-def _calls_of_scores() -> Iterator[tuple[str, Call]]:
-    scores = {"scores": SCORES}
-    for name, moving, rest in (
-        ("plain", {}, {}),
-        ("small epsilon", {}, {"epsilon": 1e-3, "num_iters": 20}),
-        ("until balanced", {}, {"tol": 1e-2, "num_iters": 20}),
-        ("where", {}, {"where": KEEP_ROWS}),
-        ("nothing", {}, {"where": np.zeros(ROWS, bool)}),
-        ("prior", {"prior": WEIGHTS + 1}, {}),
-    ):
-        targets = xent_jax.sinkhorn_targets
-        yield f"Sinkhorn targets, {name}", Call(targets, scores | moving, rest)
-    for name, rest in (
-        ("plain", {}),
-        ("options", {"temperature": 0.1, "where": KEEP_ROWS}),
-    ):
-        loss = xent_jax.sinkhorn_cross_entropy
-        call = Call(loss, {"logits": LOGITS}, scores | rest)
-        yield f"Sinkhorn, {name}", call
+    for row in registry.ROWS:
+        some = registry.MASKS if "kernel" in row.inputs else row.options
+        alone = [(key,) for key in row.options if key in some]
+        for options in dict.fromkeys([(), *alone, *row.every()]):
+            for form in row.forms[:2]:  # a mean is made of a sum
+                case = Case(row, options, form)
+                yield case.name, _call(case)
+    targets, mean = (FUNCTIONS[name] for name in (registry.ASSIGNMENT, registry.MEAN))
+    rows, weighted = Case(targets, ("where",)), Case(mean, ("weights",))
+    for static in ({"epsilon": 1e-3}, {"tol": 1e-2}):
+        case = Case(targets, (), static | {"num_iters": 20})
+        yield case.name, _call(case)
+    keep = np.arange(EXTREME.batch[0]) % 2 == 0
+    yield f"{rows.name}, none", _call(rows, where=keep & False)
+    yield f"{weighted.name}, none", _call(weighted, weights=np.float32(0 * keep))
+    yield f"{weighted.name}, a mask", _call(weighted, weights=keep)
 
 
 CALLS = dict(_calls())
@@ -327,8 +174,8 @@ def test_a_nan_among_the_data_is_found(name, mode) -> None:
 @pytest.mark.parametrize("name", [n for n in FIRST.values() if has_ids(CALLS[n])])
 def test_an_id_that_is_no_class_is_found(name, mode) -> None:
     call = CALLS[name]
-    labels = LABELS.copy()
-    labels[3] = CLASSES
+    labels = call.rest["labels"].copy()
+    labels[3] = EXTREME.classes
     call = call._replace(rest=call.rest | {"labels": labels})
     with switched("nans"), pytest.raises(FloatingPointError):
         run(call, mode)
@@ -336,14 +183,16 @@ def test_an_id_that_is_no_class_is_found(name, mode) -> None:
 
 @each_mode
 def test_a_nan_is_found_in_the_line_of_the_user(mode) -> None:
+    labels = np.array([0, 1])
+
     def loss(x):
         logits = jnp.log(x)  # of a negative number
-        return xent_jax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
+        return xent_jax.softmax_cross_entropy_with_integer_labels(logits, labels)
 
     wrapped = jax.jit(loss) if mode == "jitted" else loss
     found = pytest.raises(FloatingPointError)
     with switched("nans"), mode_of(mode), found as error:
-        wrapped(jnp.asarray(PROBS - 0.5))
+        wrapped(jnp.asarray(np.linspace(-0.5, 0.5, 10, dtype=np.float32).reshape(2, 5)))
     frames = traceback.extract_tb(error.value.__traceback__)
     assert any("# of a negative number" in frame.line for frame in frames)
     package = xent_jax.__path__[0]

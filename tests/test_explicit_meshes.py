@@ -16,20 +16,25 @@ from mesh_cases import (
     CLASSES,
     DATA,
     ROWS,
+    SHARDED,
     VOCAB,
-    MeshCase,
+    arrays_of,
     assert_same,
     derivatives,
     expected_of,
+    leading,
+    marks_of,
     mesh_of,
     parted,
     spec_of,
 )
+from registry import Case
 
 import xent_jax
 
+pytestmark = pytest.mark.usefixtures("unoptimized")
+
 LARGE = pytest.mark.exhaustive
-SHARDED = {"rows": (DATA, None), "classes": (None, VOCAB), "both": (DATA, VOCAB)}
 # Where companions are: (mesh axis of rows, of classes), `None` for NumPy.
 COMPANIONS = {
     "numpy": None,
@@ -52,18 +57,11 @@ def _placements() -> list:
             for place, how in enumerate(SHARDED)
         ]
         for how, where in dict.fromkeys([MOST, *found]):
-            once = () if (how, where) == MOST else (pytest.mark.once, LARGE)
+            most = (how, where) == MOST
+            marks = marks_of(case) if most else [pytest.mark.once, LARGE]
             name = f"{case.name}-{how}-{where}"
-            every.append(pytest.param(case, how, where, id=name, marks=once))
+            every.append(pytest.param(case, how, where, id=name, marks=marks))
     return every
-
-
-@pytest.fixture(autouse=True)
-def unoptimized():
-    """Compiles in a third of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -71,21 +69,21 @@ def mesh():
     return mesh_of((2, 4), "Explicit")
 
 
-def placed(case: MeshCase, mesh: Any, how: str, where: str) -> dict[str, Any]:
+def placed(case: Case, mesh: Any, how: str, where: str) -> dict[str, Any]:
     """Returns the arguments where the test wants them."""
 
     def put(name: str, array: np.ndarray) -> Any:
-        at = SHARDED[how] if name in case.leading else COMPANIONS[where]
+        at = SHARDED[how] if name in leading(case) else COMPANIONS[where]
         if at is None:
             return array
         at = SHARDED[how] if at == "alike" else at
-        spec = spec_of(case.axes()[name], *at)
+        spec = spec_of(case.axes[name], *at)
         return jax.device_put(array, jax.NamedSharding(mesh, spec))
 
-    return {name: put(name, array) for name, array in case.arrays().items()}
+    return {name: put(name, array) for name, array in arrays_of(case).items()}
 
 
-def check(case: MeshCase, mesh: Any, how: str, arrays: Any, computed: Any) -> None:
+def check(case: Case, mesh: Any, how: str, arrays: Any, computed: Any) -> None:
     """Results are those of one device, sharded as the rows; gradients as arguments."""
     assert_same(computed, expected_of(case))
     results, gradient, _ = computed
@@ -98,7 +96,7 @@ def check(case: MeshCase, mesh: Any, how: str, arrays: Any, computed: Any) -> No
 
 
 @functools.cache
-def program(case: MeshCase) -> Any:
+def program(case: Case) -> Any:
     return jax.jit(functools.partial(derivatives, case))
 
 
@@ -119,7 +117,7 @@ def test_jitted_is_unsharded(case, how, where, mesh):
         pytest.param(case, where, id=f"{case.name}-{where}")
         for index, case in enumerate(CASES)
         for where in dict.fromkeys(["otherwise", list(COMPANIONS)[index % 4]])
-        if "kernel" not in case.inputs or where == "otherwise"
+        if "kernel" not in case.keys or where == "otherwise"
     ],
 )
 def test_eager_is_unsharded(case, where, mesh):
@@ -145,8 +143,7 @@ def test_one_hot_of_ids_that_are_sharded_as_rows(how, options, mesh):
         targets = jax.nn.one_hot(ids, CLASSES)
         return jnp.sum(xent_jax.softmax_cross_entropy(logits, targets, **more) ** 2)
 
-    arrays = MeshCase("", total, ("logits", "ids"), "", (), {}, ()).arrays()
-    logits, ids = arrays["logits"], arrays["ids"]
+    logits, ids = arrays_of(CASES[0]).values()
     expected = jax.value_and_grad(total)(logits, ids)
     rows, classes = SHARDED[how]
     with jax.set_mesh(mesh):
@@ -194,14 +191,14 @@ def test_values_need_no_mesh_around_the_call(where, mesh):
 def test_logits_that_are_not_on_a_mesh(where, mesh):
     """What comes with them is, and is gathered."""
     for case in (CASES[1], CASES[5], CASES[-1]):
-        arrays = case.arrays()
+        arrays = arrays_of(case)
         companions = {
             name: jax.device_put(
                 array,
-                jax.NamedSharding(mesh, spec_of(case.axes()[name], *COMPANIONS[where])),
+                jax.NamedSharding(mesh, spec_of(case.axes[name], *COMPANIONS[where])),
             )
             for name, array in arrays.items()
-            if name not in case.leading
+            if name not in leading(case)
         }
         with jax.set_mesh(mesh):
             results = jax.jit(case)(arrays | companions)
@@ -215,20 +212,20 @@ def test_without_an_explicit_mesh_nothing_is_added():
             placed(case, mesh_of((2, 4), "Auto"), "both", "numpy")
         )
         assert "_resharded" not in str(auto)
-        assert "_resharded" not in str(jax.make_jaxpr(case)(case.arrays()))
+        assert "_resharded" not in str(jax.make_jaxpr(case)(arrays_of(case)))
 
 
 def test_inside_a_shard_map_nothing_is_added(mesh):
     for case in CASES:
-        specs = {name: jax.P() for name in case.inputs}
+        specs = {name: jax.P() for name in case.axes}
         mapped = jax.shard_map(case, mesh=mesh, in_specs=(specs,), out_specs=jax.P())
         with jax.set_mesh(mesh):
-            assert "_resharded" not in str(jax.make_jaxpr(mapped)(case.arrays()))
+            assert "_resharded" not in str(jax.make_jaxpr(mapped)(arrays_of(case)))
 
 
 def test_what_is_placed_alike_is_left_alone(mesh):
     for case in CASES:
-        if "kernel" not in case.inputs:
+        if "kernel" not in case.keys:
             with jax.set_mesh(mesh):
                 text = str(jax.make_jaxpr(case)(placed(case, mesh, "both", "alike")))
             assert "_resharded" not in text

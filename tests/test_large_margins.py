@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 import mpmath
 import numpy as np
+import oracle
 import pytest
+import registry
+from registry import Case
 
 import xent_jax
 
@@ -27,14 +30,21 @@ NAMES = ["-".join(mode.values[0]) for mode in MODES]
 DIRECTIONS = np.array(
     [[0.5, -1.0, 0.25, 2.0], [1.5, 0.75, -0.5, -1.0], [-0.25, 1.0, 2.0, 0.5]]
 )
-WEIGHTS = np.array([0.5, 2.0, 1.25, 0.75])
-OPTIONS = {
-    "plain": {},
-    "smoothing": {"label_smoothing": 0.125},
-    "weights": {"class_weights": WEIGHTS},
-    "z_loss": {"z_loss": 0.25},
-    "all": {"label_smoothing": 0.125, "class_weights": WEIGHTS, "z_loss": 0.25},
-}
+IDS = registry.FUNCTIONS[registry.IDS]
+
+
+def _options():
+    """Returns what may be given with ids: nothing, each by itself, and all."""
+    case = Case(IDS, IDS.unmasked())
+    drawn = registry.narrow(
+        case.draw(np.random.default_rng(1), registry.Sizes((1,), 4))
+    )
+    values = {w: drawn[w] if drawn[w].ndim else float(drawn[w]) for w in case.words}
+    alone = {word: {word: value} for word, value in values.items()}
+    return {"plain": {}, **alone, "all": values}
+
+
+OPTIONS = _options()
 EACH_OPTION = [
     pytest.param(
         options,
@@ -57,19 +67,6 @@ def point(margin):
         return logits, keep
     logits[LABEL] = 1.0 + margin
     return logits, keep
-
-
-def true_loss(logits, keep, label, label_smoothing=0, class_weights=None, z_loss=0):
-    """Returns the loss of one row in mpmath."""
-    kept = [index for index in range(len(logits)) if keep[index]]
-    weights = np.ones(len(logits)) if class_weights is None else class_weights
-    normalizer = mpmath.log(mpmath.fsum(mpmath.exp(logits[i]) for i in kept))
-    smoothing = mpmath.mpf(label_smoothing)
-    loss = z_loss * normalizer**2
-    for index in kept:
-        target = smoothing / len(kept) + (1 - smoothing) * (index == label)
-        loss += float(weights[index]) * target * (normalizer - logits[index])
-    return loss
 
 
 def true_derivative(function, order):
@@ -168,7 +165,7 @@ def test_losses_of_logits(kind, options, nesting):
 
         def exact(steps, logits=logits, keep=keep, size=size, cut=cut):
             x = moved(logits, DIRECTIONS[:order, :size], steps)
-            return true_loss(x, keep, min(LABEL, size - 1), **cut)
+            return oracle.exact_loss_of_a_row(x, keep, min(LABEL, size - 1), **cut)
 
         truth = true_derivative(exact, order)
         large = abs(float(logits.max())) if cut.get("z_loss") and order < 3 else 1
@@ -213,7 +210,7 @@ def test_heads(reduction, by, options, nesting):
             else:
                 left, right = moved([1.0, 0.0], moves[:, 0], steps)
                 x = [left * float(a) + right * float(b) for a, b in slopes.T]
-            return true_loss(x, keep, LABEL, **options)
+            return oracle.exact_loss_of_a_row(x, keep, LABEL, **options)
 
         truth = true_derivative(exact, order)
         large = max(abs(float(logits.max())), 1)

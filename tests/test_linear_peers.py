@@ -24,15 +24,7 @@ from heads import (
     value_and_gradients,
 )
 
-pytestmark = pytest.mark.once
-
-
-@pytest.fixture(autouse=True, scope="module")
-def unoptimized():
-    """Compiles in half of the time; sizes and accuracy are tested optimised."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("unoptimized")]
 
 
 forms = pytest.mark.parametrize("reduction", [None, "mean"])

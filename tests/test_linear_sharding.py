@@ -3,15 +3,19 @@
 import functools
 import re
 
+import heads
 import jax
 import jax.numpy as jnp
+import mesh_cases
 import numpy as np
 import oracle
 import pytest
 import shards
 from aot import hlo
+from differences import slopes
 from heads import (
     LOSS,
+    OF_ROWS,
     OF_STATISTICS,
     OPTIONS,
     STATISTICS,
@@ -22,22 +26,13 @@ from heads import (
     relative_error,
     truth_of,
 )
+from registry import FUNCTIONS, HEAD_STATISTICS, Case
 
 P = jax.P
 ROWS, FEATURES, CLASSES = 16, 3, 32
 # Blocks that divide neither the rows nor the classes of a shard.
 BLOCKS = {None: {"class_block": 3}, "mean": {"row_block": 3}, "sum": {"row_block": 16}}
-OF_ROWS = ("hidden", "labels", "where", "weights")
-OF_CLASSES = ("bias", "class_mask", "class_weights")
 ALL, PLAIN = OPTIONS, ()
-
-
-@pytest.fixture
-def unoptimized():
-    """Compiles in a third of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def inputs_of(options, rows=ROWS, features=FEATURES, classes=CLASSES):
@@ -52,9 +47,7 @@ def inputs_of(options, rows=ROWS, features=FEATURES, classes=CLASSES):
 
 
 def spec_of(name, rows="rows", classes="classes"):
-    if name == "kernel":
-        return P(None, classes)
-    return P(rows) if name in OF_ROWS else P(classes) if name in OF_CLASSES else P()
+    return mesh_cases.spec_of(heads.ALL.axes[name], rows, classes)
 
 
 def placed(inputs, setting):
@@ -103,13 +96,6 @@ def program(function):
 
 def moved(inputs, directions, step):
     return inputs | {k: inputs[k] + step * directions[k] for k in directions}
-
-
-def slopes(function, step=1e-3):
-    """Fourth-order central differences at 0 of a function of a number."""
-    near, far = function(step), function(2 * step)
-    back, far_back = function(-step), function(-2 * step)
-    return (8 * (near - back) - (far - far_back)) / (12 * step)
 
 
 def marks_of(setting):
@@ -413,7 +399,7 @@ def test_without_axis_names(how, kind, unoptimized):
         assert_close(ours, theirs, 1e-5)
 
 
-STATISTICS_TAKE = ("hidden", "kernel", "labels", *OF_STATISTICS)
+STATISTICS_TAKE = Case(FUNCTIONS[HEAD_STATISTICS], OF_STATISTICS).axes
 
 
 @pytest.mark.parametrize(

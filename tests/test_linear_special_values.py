@@ -8,6 +8,7 @@ import pytest
 from heads import (
     FORMS,
     LOSS,
+    OF_ROWS,
     OPTIONS,
     STATISTICS,
     assert_close,
@@ -51,8 +52,7 @@ def problem(rng, options=()):
 
 def without_row(inputs, row):
     """Returns the inputs without one of the rows."""
-    rows = ("hidden", "labels", "where", "weights")
-    return {k: np.delete(v, row, 0) if k in rows else v for k, v in inputs.items()}
+    return {k: np.delete(v, row, 0) if k in OF_ROWS else v for k, v in inputs.items()}
 
 
 @forms

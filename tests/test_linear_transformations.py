@@ -15,7 +15,7 @@ import numpy as np
 import oracle
 import pytest
 from grids import shortened
-from heads import LOSS, OF_STATISTICS, OPTIONS, STATISTICS, head_inputs, parted
+from heads import ALL, LOSS, OF_STATISTICS, OPTIONS, STATISTICS, head_inputs, parted
 from jax.flatten_util import ravel_pytree
 
 ROWS, FEATURES, CLASSES = 4, 2, 5
@@ -305,9 +305,8 @@ def test_shard_map(mode, check_vma, form, problem):
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((2,), ("data",), axis_types=auto, devices=jax.devices()[:2])
     inputs = jax.tree.map(jnp.asarray, problem.inputs)
-    scalars = ("softcap", "label_smoothing", "z_loss")
-    names = ("hidden", "kernel", "bias", "class_weights", *scalars)
-    names = [name for name in names if name in inputs]
+    names = {"hidden", *ALL.moving} - {"weights"}
+    names = [name for name in inputs if name in names]
     point = {k: inputs.pop(k) for k in names}
 
     def spec_of(arrays):

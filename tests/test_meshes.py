@@ -6,66 +6,55 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import mesh_cases
 import numpy as np
 import pytest
+import registry
 from aot import hlo
+from registry import Case
 
-import xent_jax
-
-INTEGER = xent_jax.softmax_cross_entropy_with_integer_labels
-DENSE = xent_jax.softmax_cross_entropy
 ROWS, CLASSES = 8, 16
-WEIGHTS = np.linspace(0.5, 2.0, CLASSES, dtype=np.float32)
+LOSSES = (registry.IDS, registry.DENSE)
+OTHERS = (
+    registry.SIGMOID,
+    registry.NLL,
+    registry.CATEGORICAL,
+    registry.BINARY,
+    registry.LINEARIZED,
+)
 
-OPTIONS = {
-    "plain": {},
-    "smoothing": {"label_smoothing": 0.1},
-    "weights": {"class_weights": WEIGHTS},
-    "z_loss": {"z_loss": 0.1},
-    "all": {"label_smoothing": 0.1, "class_weights": WEIGHTS, "z_loss": 0.1},
-}
-LOSSES = {
-    **{f"integer-{k}": (INTEGER, "ids", v) for k, v in OPTIONS.items()},
-    **{f"dense-{k}": (DENSE, "targets", v) for k, v in OPTIONS.items()},
-    "sigmoid": (
-        xent_jax.sigmoid_binary_cross_entropy,
-        "targets",
-        {"pos_weight": WEIGHTS, "label_smoothing": 0.1},
-    ),
-    "nll": (xent_jax.nll_loss, "ids", {"class_weights": WEIGHTS}),
-    "categorical": (xent_jax.categorical_cross_entropy, "targets", {}),
-    "binary": (xent_jax.binary_cross_entropy, "targets", {}),
-    "linearized": (xent_jax.linearized_softmax_cross_entropy, "targets", {}),
-}
-# On every version of JAX an option runs with all the others, and alone on one.
-ALONE = ("smoothing", "weights", "z_loss")
+
 KINDS = ("Auto", "Explicit")
 LARGE = pytest.mark.exhaustive
-WITHOUT = [("linearized", "rows"), ("linearized", "classes")]
-WITHOUT += [("sigmoid", "rows"), ("binary", "rows")]
 
 
-def _shardings() -> list:
-    """Every loss with every mask it takes, sharded over both axes and over each.
+def _shardings():
+    """Yields every loss with options and a mask, sharded over both axes and over each.
 
     Both axes have all there is to go wrong; each alone, on one kind of mesh, tells what
-    did.
+    did. On every version of JAX an option runs with all the others, alone on one.
     """
-    every = []
-    for name, mask in itertools.product(LOSSES, (None, "rows", "classes")):
-        # The linearized loss takes no mask; an elementwise loss one of its shape.
-        if (name, mask) in WITHOUT:
-            continue
-        index = len(every) // 4 % 2
-        once = [pytest.mark.once, LARGE] if name.endswith(ALONE) else []
+    for index, (case, alone) in enumerate(_cases()):
+        once = [pytest.mark.once, LARGE] if alone else []
         for spec, kind, marks in (
             ("both", "Auto", []),
             ("both", "Explicit", []),
-            ("rows", KINDS[index], [LARGE]),
-            ("classes", KINDS[1 - index], [LARGE]),
+            ("rows", KINDS[index % 2], [LARGE]),
+            ("classes", KINDS[1 - index % 2], [LARGE]),
         ):
-            every.append(pytest.param(name, mask, spec, kind, marks=[*once, *marks]))
-    return every
+            name = f"{case.name}-{spec}-{kind}"
+            yield pytest.param(case, spec, kind, id=name, marks=[*once, *marks])
+
+
+def _cases():
+    """Yields every loss with options and a mask, and whether one option is alone."""
+    for name in (*LOSSES, *OTHERS):
+        row = registry.FUNCTIONS[name]
+        options = row.unmasked()
+        alone = [(), *((key,) for key in options)] if name in LOSSES else []
+        masks = [(), *((key,) for key in row.options if key in registry.MASKS)]
+        for some, mask in itertools.product([*alone, options], masks):
+            yield Case(row, (*mask, *some)), len(some) == 1 and name in LOSSES
 
 
 SPECS = {"rows": ("a", None), "classes": (None, "a"), "both": ("a", "b")}
@@ -75,11 +64,12 @@ class Program(NamedTuple):
     """A loss of fixed rows: its arguments, and value, gradient and tangent of its sum.
 
     Attributes:
-      arguments: logits (or what stands for them), labels, mask, and a direction.
-      run: jitted, of these four.
+      arguments: logits (or what stands for them), labels and masks by keyword, and a
+        direction.
+      run: jitted, of arguments and direction.
     """
 
-    arguments: tuple
+    arguments: tuple[dict[str, np.ndarray], np.ndarray]
     run: Any
 
     def on(self, mesh, spec) -> tuple[Any, hlo.Module]:
@@ -98,41 +88,30 @@ class Program(NamedTuple):
         return jax.device_get(results), hlo.parse(compiled.as_text())
 
 
-def program(name, mask, rows, classes) -> Program:
-    loss, labels_kind, options = LOSSES[name]
-    if "class_weights" in options:
-        options = options | {"class_weights": np.resize(WEIGHTS, classes)}
-    if "pos_weight" in options:
-        options = options | {"pos_weight": np.resize(WEIGHTS, classes)}
+def program(case, rows, classes) -> Program:
     rng = np.random.default_rng(8)
-    logits = rng.uniform(0.1, 0.9, (rows, classes)).astype(np.float32)
-    targets = rng.random((rows, classes)).astype(np.float32)
-    kept = classes * 3 // 4
-    labels = rng.integers(0, kept, rows) if labels_kind == "ids" else targets
-    where = {
-        None: None,
-        "rows": np.arange(rows) % 3 > 0,
-        "classes": np.broadcast_to(np.arange(classes) < kept, (rows, classes)),
-    }[mask]
+    arrays = registry.narrow(case.draw(rng, registry.Sizes((rows,), classes)))
     direction = rng.standard_normal((rows, classes)).astype(np.float32)
+    given = ("where", *Case(case.row).keys)
+    of_rows = {word: arrays.pop(word) for word in given if word in arrays}
+    first = next(iter(case.keys))
 
     @jax.jit
-    def run(logits, labels, where, direction):
-        masked = {} if where is None else {"where": where}
+    def run(of_rows, direction):
+        def total(inputs):
+            return case(arrays | of_rows | {first: inputs}).sum()
 
-        def total(logits):
-            return loss(logits, labels, **masked, **options).sum()
+        inputs = of_rows[first]
+        value, gradient = jax.value_and_grad(total)(inputs)
+        return value, gradient, jax.jvp(total, (inputs,), (direction,))[1]
 
-        value, gradient = jax.value_and_grad(total)(logits)
-        return value, gradient, jax.jvp(total, (logits,), (direction,))[1]
-
-    return Program((logits, labels, where, direction), run)
+    return Program((of_rows, direction), run)
 
 
 @functools.cache
-def program_and_results(name, mask=None, rows=ROWS, classes=CLASSES):
+def program_and_results(case, rows=ROWS, classes=CLASSES):
     """Returns a program and what it gives on one device."""
-    of = program(name, mask, rows, classes)
+    of = program(case, rows, classes)
     return of, jax.device_get(of.run(*of.arguments))
 
 
@@ -148,26 +127,51 @@ def check(of, results, expected):
 @pytest.mark.once
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("name", ["integer-all", "dense-all", "nll", "linearized"])
+@pytest.mark.parametrize("name", [*LOSSES, registry.NLL, registry.LINEARIZED])
 @pytest.mark.parametrize(("shards", "classes"), [(8, 2048), (8, 2560), (4, 8192)])
 def test_many_classes_over_any_number_of_shards(shards, classes, name, kind):
     """2560 classes are 20 blocks of 128: not as many for each of 8 shards."""
     types = (getattr(jax.sharding.AxisType, kind),)
     devices = jax.devices()[:shards]
     mesh = jax.make_mesh((shards,), ("a",), axis_types=types, devices=devices)
-    loss, expected = program_and_results(name, rows=3, classes=classes)
+    row = registry.FUNCTIONS[name]
+    case = Case(row, row.unmasked())
+    loss, expected = program_and_results(case, rows=3, classes=classes)
     results, module = loss.on(mesh, (None, "a"))
     check(loss, results, expected)
     assert module.collective_kinds == {"all-reduce"}
 
 
-@pytest.mark.parametrize(("name", "mask", "spec", "kind"), _shardings())
-def test_sharded_is_unsharded(name, mask, spec, kind):
+@pytest.mark.parametrize(("case", "spec", "kind"), _shardings())
+def test_sharded_is_unsharded(case, spec, kind):
     shape = (8, 1) if spec == "rows" else (1, 8) if spec == "classes" else (2, 4)
     names = ("a", "b") if spec != "classes" else ("b", "a")
     types = (getattr(jax.sharding.AxisType, kind),) * 2
     mesh = jax.make_mesh(shape, names, axis_types=types)
-    loss, expected = program_and_results(name, mask)
+    loss, expected = program_and_results(case)
     results, module = loss.on(mesh, SPECS[spec])
     check(loss, results, expected)
     assert module.collective_kinds == {"all-reduce"}
+
+
+LATER = ("sparse_targets", "kl_divergence", "statistics", "label_probs")
+
+
+@pytest.mark.once
+@pytest.mark.usefixtures("unoptimized")
+@pytest.mark.parametrize("how", mesh_cases.SHARDED)
+@mesh_cases.each([c for c in mesh_cases.CASES if any(word in c.name for word in LATER)])
+def test_functions_that_came_later(case, how):
+    """On Auto axes alone: on Explicit ones every function has tests of its own."""
+    mesh = mesh_cases.mesh_of((2, 4), "Auto")
+    specs = {
+        word: mesh_cases.spec_of(axes, *mesh_cases.SHARDED[how])
+        for word, axes in case.axes.items()
+    }
+    arrays = {
+        word: jax.device_put(array, jax.NamedSharding(mesh, specs[word]))
+        for word, array in mesh_cases.arrays_of(case).items()
+    }
+    run = jax.jit(functools.partial(mesh_cases.derivatives, case))
+    computed = jax.device_get(run(*mesh_cases.parted(case, arrays)))
+    mesh_cases.assert_same(computed, mesh_cases.expected_of(case))

@@ -14,15 +14,19 @@ from mesh_cases import (
     CASES,
     DATA,
     VOCAB,
-    MeshCase,
+    arrays_of,
     assert_same,
     derivatives,
     expected_of,
+    marks_of,
     mesh_of,
     parted,
     spec_of,
     total_of,
 )
+from registry import Case
+
+pytestmark = pytest.mark.usefixtures("unoptimized")
 
 MANUAL = [(DATA,), (VOCAB,), (DATA, VOCAB)]
 
@@ -33,27 +37,20 @@ def _splits() -> list:
     for index, case in enumerate(CASES):
         unchecked = MANUAL[index % len(MANUAL)]
         for manual, check_vma in [*((m, True) for m in MANUAL), (unchecked, False)]:
-            marks = [] if len(manual) == 2 and check_vma else [pytest.mark.exhaustive]
+            most = len(manual) == 2 and check_vma
+            marks = marks_of(case) if most else [pytest.mark.exhaustive]
             if not check_vma:
-                marks.append(pytest.mark.once)
+                marks = [pytest.mark.once, *marks]
             name = f"{case.name}-{'-'.join(manual)}-{check_vma}"
             every.append(pytest.param(case, manual, check_vma, id=name, marks=marks))
     return every
 
 
-@pytest.fixture(autouse=True)
-def unoptimized():
-    """Compiles in a third of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 class Split:
     """How a `shard_map` over some axes of the mesh parts a case."""
 
-    def __init__(self, case: MeshCase, manual: tuple[str, ...], check_vma: bool):
-        by_class = "class_axis_name" in case.names
+    def __init__(self, case: Case, manual: tuple[str, ...], check_vma: bool):
+        by_class = "class_axis_name" in case.mesh_axes
         self.case, self.manual, self.check_vma = case, manual, check_vma
         self.classes = VOCAB if by_class and VOCAB in manual else None
         # What has no name for its classes has its rows over all axes.
@@ -61,7 +58,7 @@ class Split:
         self.names: dict[str, Any] = {}
         if self.classes is not None:
             self.names["class_axis_name"] = self.classes
-        if "batch_axis_name" in case.names and self.rows:
+        if "batch_axis_name" in case.mesh_axes and self.rows:
             self.names["batch_axis_name"] = self.rows
 
     def spec(self, axes: str) -> jax.P:
@@ -92,7 +89,7 @@ class Split:
 def test_is_unsharded(case, manual, check_vma):
     mesh = mesh_of((2, 4), "Auto")
     split = Split(case, manual, check_vma)
-    specs = {name: split.spec(axes) for name, axes in case.axes().items()}
+    specs = {name: split.spec(axes) for name, axes in case.axes.items()}
     moving_specs, rest_specs = parted(case, specs)
     losses = split.mapped(
         lambda arrays: case(arrays, **split.names),
@@ -113,9 +110,9 @@ def test_is_unsharded(case, manual, check_vma):
     placed = {
         name: jax.device_put(
             array,
-            jax.NamedSharding(mesh, spec_of(case.axes()[name], DATA, VOCAB)),
+            jax.NamedSharding(mesh, spec_of(case.axes[name], DATA, VOCAB)),
         )
-        for name, array in case.arrays().items()
+        for name, array in arrays_of(case).items()
     }
     results, within = run(*parted(case, placed))
     expected = expected_of(case)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from heads import LOSS, cast, head_inputs, parted, relative_error, truth_of
+from heads import LOSS, OPTIONS, cast, head_inputs, parted, relative_error, truth_of
 from jax.experimental.pallas import tpu as pltpu
+from registry import NO_KERNEL
 
 from xent_jax._forms import row_blocks
 from xent_jax._forms.tpu import choice, total
@@ -30,17 +31,9 @@ SHAPES = [
     (64, 128, 700),
 ]
 TILING = Tiling(32, 16, 128, 0, interpret=True)
-ALL = (
-    "bias",
-    "where",
-    "weights",
-    "class_mask",
-    "label_smoothing",
-    "class_weights",
-    "z_loss",
-)
+ALL = tuple(option for option in OPTIONS if option not in NO_KERNEL)
 # Every option alone and with all others, and what of uniform targets goes together.
-OPTIONS = [
+EACH = [
     (),
     *((name,) for name in ALL),
     ("label_smoothing", "class_weights"),
@@ -49,7 +42,7 @@ OPTIONS = [
     ALL,
 ]
 # Every option with a shape, and every shape with two options.
-PAIRS = [(SHAPES[i % len(SHAPES)], options) for i, options in enumerate(OPTIONS)]
+PAIRS = [(SHAPES[i % len(SHAPES)], options) for i, options in enumerate(EACH)]
 
 
 @pytest.fixture

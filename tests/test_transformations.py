@@ -5,12 +5,15 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+import losses
 import numpy as np
 import oracle
 import pytest
+import registry
 from differences import differences
 from grids import shortened
-from losses import CASES, EACH, IDS, INTEGER, LossCase
+from losses import CASES, EACH, SIZES, LossCase
+from registry import Case
 
 import xent_jax
 
@@ -176,100 +179,59 @@ def test_rows_sharded_in_shard_map(case, check_vma, rng):
     chex.assert_trees_all_close(*gradients, rtol=1e-5, atol=1e-7)
 
 
-def by_argument(name, base, rng):
-    """A loss and its oracle as functions of one floating argument."""
-    logits = rng.standard_normal((4, 5)).astype(np.float32)
-    # With a zero and a one among them: one-hot rows are what is used most.
-    ids, targets = rng.integers(0, 5, 4), rng.uniform(0.1, 1, (4, 5)).astype(np.float32)
-    targets[0] = np.eye(5)[2]
-    labels = ids if base == INTEGER else targets
-    loss, truth = getattr(xent_jax, base), getattr(oracle, base)
-    weights = np.linspace(0.0, 2.0, 5, dtype=np.float32)
-    options = {"label_smoothing": np.float32(0.2), "z_loss": np.float32(0.1)}
-    if base == "nll_loss":
-        labels, options = ids, {"class_weights": weights}
-    elif base in ("categorical_cross_entropy", "binary_cross_entropy"):
-        logits, options = rng.uniform(0.1, 0.9, (4, 5)).astype(np.float32), {}
-    elif base == "sigmoid_binary_cross_entropy":
-        options = {"label_smoothing": np.float32(0.2), "pos_weight": weights}
-    else:
-        options["class_weights"] = weights
-    if name == "labels":
-        point = labels
-        calls = [lambda v, f=f: f(logits, v, **options) for f in (loss, truth)]
-    else:
-        point = np.asarray(options.pop(name))
-        calls = [
-            lambda v, f=f: f(logits, labels, **options, **{name: v})
-            for f in (loss, truth)
-        ]
-    return point, calls[0], lambda v: value_of(calls[1](v))
-
-
 @pytest.mark.parametrize(
-    ("base", "name"),
+    ("name", "by"),
     [
-        (INTEGER, "label_smoothing"),
-        (INTEGER, "class_weights"),
-        (INTEGER, "z_loss"),
-        ("softmax_cross_entropy", "labels"),
-        ("softmax_cross_entropy", "label_smoothing"),
-        ("softmax_cross_entropy", "class_weights"),
-        ("softmax_cross_entropy", "z_loss"),
-        ("sigmoid_binary_cross_entropy", "labels"),
-        ("sigmoid_binary_cross_entropy", "label_smoothing"),
-        ("sigmoid_binary_cross_entropy", "pos_weight"),
-        ("nll_loss", "class_weights"),
-        ("categorical_cross_entropy", "labels"),
-        ("binary_cross_entropy", "labels"),
+        (row.key, by)
+        for row in losses.ROWS
+        for by in Case(row, row.unmasked()).moving[1:]
     ],
 )
 @pytest.mark.parametrize("mode", [jax.jacfwd, jax.jacrev])
-def test_gradient_by_the_other_arguments(base, name, mode, rng):
-    point, loss, truth = by_argument(name, base, rng)
-    jacobian = jax.jit(mode(lambda v: loss(v)))(jnp.asarray(point))
+def test_gradient_by_the_other_arguments(name, by, mode, rng):
+    """With zeros and ones among them: one-hot rows are what is used most."""
+    row = registry.FUNCTIONS[name]
+    case = Case(row, row.unmasked())
+    hard = case.draw(rng, extreme=True)
+    (first, inputs), *_ = case.draw(rng).items()
+    arrays = registry.narrow(hard | {first: inputs})
+
+    def truth(value):
+        return value_of(case.truth(arrays | {by: value}))
+
+    jacobian = jax.jit(mode(lambda value: case(arrays | {by: value})))
+    expected = differences(truth, arrays[by])
     np.testing.assert_allclose(
-        jacobian, differences(truth, point), rtol=1e-5, atol=2e-6
+        jacobian(jnp.asarray(arrays[by])), expected, rtol=1e-5, atol=2e-6
     )
 
 
 def mixed_case(name, masked, rng):
-    """A nonlinear function of a loss and of its oracle, by all floating arguments."""
-    logits = rng.standard_normal((2, 3))
-    one_hot = np.array([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
-    weights, smoothing, z_loss = np.array([0.0, 1.0, 2.0]), 0.1, 0.2
-    where = {"where": np.array([[True, True, False], [True] * 3])} if masked else {}
-    loss, truth = getattr(xent_jax, name), getattr(oracle, name)
-    if name == "sigmoid_binary_cross_entropy":
-        point = (logits, one_hot, weights, np.float64(smoothing))
+    """A loss and its oracle, by all floating arguments, with zeros among these."""
+    row = registry.FUNCTIONS[name]
+    case = Case(row, (*row.unmasked(), *(("where_classes",) if masked else ())))
+    arrays = case.draw(rng, registry.Sizes((2,), 3))
+    dense = arrays["labels"].ndim == 2
+    arrays["labels"] = np.array([[1, 0, 0], [0, 0.5, 0.5]] if dense else [0, 1])
+    for word, axes in case.axes.items():
+        if axes == "v":
+            arrays[word][0] = 0
+    if masked:
+        arrays["where"] = np.array([[True, True, False], [True] * 3])
+    moving, rest = registry.parted(case.moving, arrays)
 
-        def call(function, x, y, w, s):
-            return function(x, y, pos_weight=w, label_smoothing=s, **where)
+    def call(function, *values):
+        return function(rest | dict(zip(moving, values, strict=True)))
 
-    elif name == INTEGER:
-        point, ids = (
-            (logits, weights, np.float64(smoothing), np.float64(z_loss)),
-            [0, 1],
-        )
-
-        def call(function, x, w, s, z):
-            options = {"class_weights": w, "label_smoothing": s, "z_loss": z}
-            return function(x, np.array(ids), **options, **where)
-
-    else:
-        point = (logits, one_hot, weights, np.float64(smoothing), np.float64(z_loss))
-
-        def call(function, x, y, w, s, z):
-            options = {"class_weights": w, "label_smoothing": s, "z_loss": z}
-            return function(x, y, **options, **where)
-
-    return point, lambda *a: call(loss, *a), lambda *a: call(truth, *a).value
+    return (
+        tuple(moving.values()),
+        functools.partial(call, case),
+        lambda *values: call(case.truth, *values).value,
+    )
 
 
 @pytest.mark.parametrize("masked", shortened([False, True], kept=[True]))
-@pytest.mark.parametrize(
-    "name", [INTEGER, "softmax_cross_entropy", "sigmoid_binary_cross_entropy"]
-)
+@pytest.mark.parametrize("name", [registry.IDS, registry.DENSE, registry.SIGMOID])
 def test_every_second_derivative_of_a_function_of_the_loss(name, masked, rng, x64):
     """Zeros among targets and weights, and the square that a chain rule brings in."""
     point, loss, truth = mixed_case(name, masked, rng)
@@ -403,5 +365,5 @@ def test_reverse_mode_keeps_the_inputs_and_a_few_numbers_a_row(name, rng):
         of_labels = case.kind not in ("ids", "sparse")
         assert large == ["bfloat16", *(["float32"] if of_labels else [])]
     small = [leaf for leaf in kept if leaf.size < inputs.size]
-    numbers = 10 + (5 * IDS if case.kind == "sparse" else 0)
+    numbers = 10 + (5 * SIZES.ids if case.kind == "sparse" else 0)
     assert sum(leaf.size for leaf in small) <= numbers * inputs.shape[0]

@@ -15,9 +15,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import registry
 from jax.typing import DTypeLike
-
-import xent_jax
+from registry import (
+    BINARY,
+    CATEGORICAL,
+    DENSE,
+    FUNCTIONS,
+    IDS,
+    LINEARIZED,
+    NLL,
+    SIGMOID,
+    Sizes,
+)
 
 Shape = tuple[int, int]
 
@@ -28,42 +38,55 @@ class Case:
 
     Attributes:
       name: of the case.
-      function: the public function under test.
-      loss: calls it with the inputs and the other arguments, and with options.
-      others: the other arguments, of `arguments`' kinds.
+      call: the public function, its options and how it is called. An option that is a
+        number is a constant of the program.
+      loss: takes the arguments in order, the inputs first.
     """
 
     name: str
-    function: Callable[..., Any]
+    call: registry.Case
     loss: Callable[..., Any]
-    others: tuple[str, ...]
 
-    def inputs(
-        self, shape: Shape, dtype: DTypeLike
-    ) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """What makes the logits and what the gradient is taken by: the logits."""
-        return (jax.ShapeDtypeStruct(shape, dtype),)
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The public function under test."""
+        return self.call.row.call
+
+    @property
+    def by(self) -> int | tuple[int, ...]:
+        """What the gradient is taken by: what the logits are, or are made of."""
+        return (0, 1) if "kernel" in self.call.keys else 0
+
+    def sizes(self, shape: Shape) -> Sizes:
+        """How large the axes of the arguments are, for logits of a shape."""
+        rows, classes = shape
+        return Sizes((rows,), classes, ids=2)
+
+    def shapes(self, shape: Shape, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes and dtypes of all arguments by keyword."""
+        shapes = self.call.shapes(self.sizes(shape), jnp.dtype(dtype))
+        return {word: one for word, one in shapes.items() if self.call.axes[word]}
 
     def arguments(
         self, shape: Shape, dtype: DTypeLike
     ) -> tuple[jax.ShapeDtypeStruct, ...]:
         """The shapes and dtypes of all arguments, for logits of the given ones."""
-        rows, classes = shape
-        kinds = {
-            "class ids": jax.ShapeDtypeStruct((rows,), jnp.int32),
-            "row mask": jax.ShapeDtypeStruct((rows,), jnp.bool_),
-            "row weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
-            "class mask": jax.ShapeDtypeStruct((classes,), jnp.bool_),
-            "class weights": jax.ShapeDtypeStruct((classes,), jnp.float32),
-            "targets": jax.ShapeDtypeStruct(shape, dtype),
-        }
-        return (*self.inputs(shape, dtype), *(kinds[kind] for kind in self.others))
+        return tuple(self.shapes(shape, dtype).values())
 
     def value_and_grad(self, *arguments: jax.Array) -> tuple[jax.Array, Any]:
         """The mean result and its gradient by the inputs."""
-        inputs = len(arguments) - len(self.others)
-        by = 0 if inputs == 1 else tuple(range(inputs))
-        return jax.value_and_grad(lambda *a: mean(self.loss(*a)), by)(*arguments)
+        return jax.value_and_grad(lambda *a: mean(self.loss(*a)), self.by)(*arguments)
+
+
+def loss_of(call: registry.Case, **static: Any) -> Callable[..., Any]:
+    """Makes a function of the arguments in order; numbers are constants."""
+    numbers = call.numbers
+    words = [word for word in call.keys if word not in numbers]
+
+    def loss(*arguments: jax.Array) -> Any:
+        return call(dict(zip(words, arguments, strict=True)), **numbers, **static)
+
+    return loss
 
 
 def mean(results: Any) -> jax.Array:
@@ -74,6 +97,20 @@ def mean(results: Any) -> jax.Array:
         if jnp.issubdtype(array.dtype, jnp.floating)
     ]
     return functools.reduce(jnp.add, means)
+
+
+# Dense labels are read with the sum and with the gradient; an option adds no pass.
+# Where nothing is normalized each element is read once, with its label; the gradient by
+# log-probabilities does not depend on them.
+PASSES = {
+    IDS: 4,
+    DENSE: 6,
+    LINEARIZED: 6,
+    CATEGORICAL: 6,
+    SIGMOID: 3,
+    BINARY: 3,
+    NLL: 2,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,76 +124,53 @@ class LogitsCase(Case):
     passes: int
 
 
-_integer = xent_jax.softmax_cross_entropy_with_integer_labels
-_dense = xent_jax.softmax_cross_entropy
-_sigmoid = xent_jax.sigmoid_binary_cross_entropy
-_linearized = xent_jax.linearized_softmax_cross_entropy
-_nll = xent_jax.nll_loss
-_categorical = xent_jax.categorical_cross_entropy
-_binary = xent_jax.binary_cross_entropy
+def _case(name: str, function: str, *options: str) -> LogitsCase:
+    call = registry.Case(FUNCTIONS[function], options)
+    return LogitsCase(name, call, loss_of(call), PASSES[function])
+
+
+def _with_class_mask(
+    logits: jax.Array, labels: jax.Array, keep: jax.Array
+) -> jax.Array:
+    loss = FUNCTIONS[IDS].call
+    return loss(logits, labels, where=jnp.broadcast_to(keep, logits.shape))
+
+
+class _ClassMaskCase(LogitsCase):
+    """Class ids with a mask of classes that all rows share."""
+
+    def shapes(self, shape: Shape, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+        mask = jax.ShapeDtypeStruct(shape[1:], jnp.bool_)
+        return super().shapes(shape, dtype) | {"where": mask}
+
 
 CASES = (
-    # Class ids add no pass, and neither does an option: three reads and a write.
-    LogitsCase("integer", _integer, _integer, ("class ids",), 4),
-    LogitsCase(
-        "integer-where",
-        _integer,
-        lambda x, y, keep: _integer(x, y, where=keep),
-        ("class ids", "row mask"),
-        4,
-    ),
-    LogitsCase(
+    _case("integer", IDS),
+    _case("integer-where", IDS, "where"),
+    _ClassMaskCase(
         "integer-class-mask",
-        _integer,
-        lambda x, y, keep: _integer(x, y, where=jnp.broadcast_to(keep, x.shape)),
-        ("class ids", "class mask"),
-        4,
+        registry.Case(FUNCTIONS[IDS]),
+        _with_class_mask,
+        PASSES[IDS],
     ),
-    LogitsCase(
-        "integer-smoothing-z-loss",
-        _integer,
-        lambda x, y: _integer(x, y, label_smoothing=0.1, z_loss=1e-4),
-        ("class ids",),
-        4,
-    ),
-    LogitsCase(
-        "integer-weights-smoothing",
-        _integer,
-        lambda x, y, w: _integer(x, y, class_weights=w, label_smoothing=0.1),
-        ("class ids", "class weights"),
-        4,
-    ),
-    # Dense labels are read with the sum and with the gradient: two passes more.
-    LogitsCase("dense", _dense, _dense, ("targets",), 6),
-    LogitsCase(
-        "dense-smoothing-z-loss",
-        _dense,
-        lambda x, y: _dense(x, y, label_smoothing=0.1, z_loss=1e-4),
-        ("targets",),
-        6,
-    ),
-    LogitsCase(
-        "dense-weights",
-        _dense,
-        lambda x, y, w: _dense(x, y, class_weights=w, label_smoothing=0.1),
-        ("targets", "class weights"),
-        6,
-    ),
-    LogitsCase("linearized", _linearized, _linearized, ("targets",), 6),
-    LogitsCase("categorical", _categorical, _categorical, ("targets",), 6),
-    # Nothing is normalized: each element is read once, with its label.
-    LogitsCase("sigmoid", _sigmoid, _sigmoid, ("targets",), 3),
-    LogitsCase(
-        "sigmoid-smoothing-weight",
-        _sigmoid,
-        lambda x, y, w: _sigmoid(x, y, pos_weight=w, label_smoothing=0.1),
-        ("targets", "class weights"),
-        3,
-    ),
-    LogitsCase("binary", _binary, _binary, ("targets",), 3),
-    # The gradient does not depend on the log-probabilities: one read, one write.
-    LogitsCase("nll", _nll, _nll, ("class ids",), 2),
+    _case("integer-smoothing-z-loss", IDS, "label_smoothing", "z_loss"),
+    _case("integer-weights-smoothing", IDS, "label_smoothing", "class_weights"),
+    _case("dense", DENSE),
+    _case("dense-smoothing-z-loss", DENSE, "label_smoothing", "z_loss"),
+    _case("dense-weights", DENSE, "label_smoothing", "class_weights"),
+    _case("linearized", LINEARIZED),
+    _case("categorical", CATEGORICAL),
+    _case("sigmoid", SIGMOID),
+    _case("sigmoid-smoothing-weight", SIGMOID, "pos_weight", "label_smoothing"),
+    _case("binary", BINARY),
+    _case("nll", NLL),
 )
+"""What the documentation's table shows."""
+
+WITH_ALL = tuple(
+    _case(f"{name}-all", name, *FUNCTIONS[name].unmasked()) for name in (IDS, DENSE)
+)
+"""A softmax loss with all of its options but masks."""
 
 
 def _plain(logits: jax.Array, labels: jax.Array) -> jax.Array:

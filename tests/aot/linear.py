@@ -13,14 +13,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import registry
 from jax.typing import DTypeLike
+from registry import FUNCTIONS
 
 import xent_jax
-from aot.cases import Case, Shape, mean
+from aot.cases import Case, Shape, loss_of, mean
 from aot.compilers import Compiled
 from aot.contracts import MEBIBYTE
-
-_head = xent_jax.linear_softmax_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,56 +72,52 @@ class LinearCase(Case):
     features: int = LLAMA.features
     kernel_dtype: DTypeLike | None = None
 
-    def inputs(
-        self, shape: Shape, dtype: DTypeLike
-    ) -> tuple[jax.ShapeDtypeStruct, ...]:
-        """The features and the kernel that make logits of the given shape."""
-        rows, classes = shape
-        kernel_dtype = dtype if self.kernel_dtype is None else self.kernel_dtype
-        return (
-            jax.ShapeDtypeStruct((rows, self.features), dtype),
-            jax.ShapeDtypeStruct((self.features, classes), kernel_dtype),
-        )
+    def sizes(self, shape: Shape) -> registry.Sizes:
+        """How large the axes of the arguments are, for logits of a shape."""
+        return super().sizes(shape)._replace(features=self.features)
+
+    def shapes(self, shape: Shape, dtype: DTypeLike) -> dict[str, jax.ShapeDtypeStruct]:
+        """The shapes and dtypes of all arguments by keyword."""
+        shapes = super().shapes(shape, dtype)
+        if self.kernel_dtype is not None:
+            kernel = shapes["kernel"].shape
+            shapes["kernel"] = jax.ShapeDtypeStruct(kernel, self.kernel_dtype)
+        return shapes
 
 
-# Each option with the kinds of the arrays and the numbers that it takes.
-OPTIONS: Mapping[str, tuple[Mapping[str, str], Mapping[str, float]]] = {
-    "plain": ({}, {}),
-    "where": ({"where": "row mask"}, {}),
-    "weights": ({"weights": "row weights"}, {}),
-    "bias": ({"bias": "class weights"}, {}),
-    "softcap": ({}, {"softcap": 30.0}),
-    "class-weights": ({"class_weights": "class weights"}, {}),
-    "smoothing-z-loss": ({}, {"label_smoothing": 0.1, "z_loss": 1e-4}),
-    "class-mask": ({"class_mask": "class mask"}, {}),
-}
-_EVERY = (
-    {name: kind for arrays, _ in OPTIONS.values() for name, kind in arrays.items()},
-    {name: value for _, numbers in OPTIONS.values() for name, value in numbers.items()},
-)
+_ROW = FUNCTIONS[registry.HEAD]
+OPTIONS = {"plain": (), **{option: (option,) for option in _ROW.options}}
+"""Of a head, by name: every option by itself."""
 
 
-def linear_case(reduction: str | None, option: str = "plain", **options: Any) -> Case:
-    """The loss of one form, with a key of `OPTIONS` or "every", and more options."""
-    arrays, numbers = _EVERY if option == "every" else OPTIONS[option]
+def linear_case(
+    reduction: str | None,
+    option: str = "plain",
+    without: tuple[str, ...] = (),
+    **options: Any,
+) -> Case:
+    """The loss of one form, with a key of `OPTIONS` or "every", and more options.
 
-    def loss(
-        hidden: jax.Array, kernel: jax.Array, labels: jax.Array, *others: jax.Array
-    ) -> jax.Array:
-        named = dict(zip(arrays, others, strict=True))
-        settings = {**named, **numbers, **options}
-        return _head(hidden, kernel, labels, reduction=reduction, **settings)
-
+    Args:
+      reduction: of the form.
+      option: what it is given.
+      without: options that are left out of every one.
+      **options: further keywords of the loss.
+    """
+    keys = _ROW.options if option == "every" else OPTIONS[option]
+    keys = tuple(key for key in keys if key not in without)
+    call = registry.Case(_ROW, keys, {"reduction": reduction})
     name = f"linear-{reduction or 'rows'}-{option}"
-    return LinearCase(name, _head, loss, ("class ids", *arrays.values()))
+    return LinearCase(name, call, loss_of(call, **options))
 
 
-STATISTICS = LinearCase(
-    "linear-statistics",
-    xent_jax.linear_softmax_statistics,
-    xent_jax.linear_softmax_statistics,
-    ("class ids",),
-)
+def _plain_case(name: str, function: str) -> LinearCase:
+    call = registry.Case(FUNCTIONS[function])
+    return LinearCase(name, call, loss_of(call))
+
+
+STATISTICS = _plain_case("linear-statistics", registry.HEAD_STATISTICS)
+DIVERGENCE = _plain_case("linear-divergence", registry.HEAD_DIVERGENCE)
 
 
 def gradient(case: Case, by: int | tuple[int, ...]) -> Callable[..., Any]:
@@ -195,4 +191,4 @@ def _unfused(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Arr
 
 
 # The same loss the usual way: a case that must not pass.
-UNFUSED = LinearCase("unfused", _head, _unfused, ("class ids",))
+UNFUSED = LinearCase("unfused", registry.Case(_ROW), _unfused)

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import registry
 from jax import export
 
 import xent_jax
-from aot.cases import CASES, Case, mean
-from aot.linear import STATISTICS, LinearCase, linear_case
+from aot.cases import CASES, PASSES, Case, loss_of, mean
+from aot.linear import DIVERGENCE, STATISTICS, linear_case
 
 # JAX needs it to serialise, and does not depend on it.
 pytest.importorskip("flatbuffers")
@@ -35,50 +36,17 @@ LINEAR_CASES = [
         linear_case(None),
         linear_case(None, "every"),
         STATISTICS,
-        LinearCase(
-            "linear-divergence",
-            xent_jax.linear_softmax_kl_divergence,
-            lambda h, k, _: xent_jax.linear_softmax_kl_divergence(h, k, jnp.sin(h), k),
-            ("class ids",),
-        ),
+        DIVERGENCE,
     )
 ]
-
 ALL_CASES = (
     *CASES,
     *LINEAR_CASES,
-    Case(
-        "sparse-targets",
-        xent_jax.softmax_cross_entropy_with_sparse_targets,
-        lambda x, y, p: xent_jax.softmax_cross_entropy_with_sparse_targets(
-            x, jnp.stack([y, y], -1), p[:, :2]
-        ),
-        ("class ids", "targets"),
-    ),
-    Case(
-        "divergence",
-        xent_jax.softmax_kl_divergence,
-        xent_jax.softmax_kl_divergence,
-        ("targets",),
-    ),
-    Case(
-        "statistics",
-        xent_jax.softmax_statistics,
-        xent_jax.softmax_statistics,
-        ("class ids",),
-    ),
-    Case("weighted-mean", xent_jax.weighted_mean, xent_jax.weighted_mean, ("targets",)),
-    Case(
-        "sinkhorn-targets",
-        xent_jax.sinkhorn_targets,
-        lambda x, keep: xent_jax.sinkhorn_targets(x, where=keep, tol=1e-3) ** 2,
-        ("row mask",),
-    ),
-    Case(
-        "sinkhorn-cross-entropy",
-        xent_jax.sinkhorn_cross_entropy,
-        lambda x, s: xent_jax.sinkhorn_cross_entropy(x, s, temperature=0.1),
-        ("targets",),
+    *(
+        Case(row.key, call, loss_of(call))
+        for row in registry.ROWS
+        if "kernel" not in row.inputs and row.name not in PASSES
+        for call in (registry.Case(row, row.every()[0], row.forms[-1]),)
     ),
 )
 
@@ -158,9 +126,7 @@ def test_exported_value_can_be_differentiated(case):
     arguments = sample(case.arguments(SHAPE, "float32"))
     call = exported_and_back(case.loss, arguments, vjp_order=1)
 
-    inputs = len(arguments) - len(case.others)
-    by = 0 if inputs == 1 else tuple(range(inputs))
-    exported_gradient = jax.grad(lambda *a: mean(call(*a)), by)
+    exported_gradient = jax.grad(lambda *a: mean(call(*a)), case.by)
     _, gradient = jax.jit(case.value_and_grad)(*arguments)
     assert_close(jax.jit(exported_gradient)(*arguments), gradient)
 

@@ -7,7 +7,7 @@ import pytest
 
 import xent_jax
 from aot import compilers, contracts
-from aot.cases import CASES, PLAIN
+from aot.cases import CASES, PLAIN, WITH_ALL
 
 if not compilers.has_gpu_compiler():
     pytest.skip(
@@ -25,7 +25,7 @@ LIMITS = {"temp_bytes": 6 * PARTIAL_RESULTS, "extra_bytes": 8 * 2 * PARTIAL_RESU
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *WITH_ALL], ids=lambda case: case.name)
 def test_loss_is_at_the_floor(dtype, case):
     arguments = case.arguments(contracts.SHAPE, dtype)
     compiled = compilers.compile_for_gpu(case.value_and_grad, *arguments)

@@ -1,12 +1,13 @@
 """Losses of sharded logits compiled for the eight chips of a TPU host."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
+import registry
+from mesh_cases import spec_of
+from registry import DENSE
+from registry import IDS as INTEGER
 
-import xent_jax
 from aot import compilers, contracts
 
 if not compilers.has_tpu_compiler():
@@ -17,38 +18,20 @@ if not compilers.has_tpu_compiler():
 
 pytestmark = [pytest.mark.once, pytest.mark.exhaustive]
 
-INTEGER = xent_jax.softmax_cross_entropy_with_integer_labels
-DENSE = xent_jax.softmax_cross_entropy
 ROWS, CLASSES = contracts.SHAPE
 P = jax.P
 
 
-def program(loss, masked, dtype=jnp.bfloat16):
-    """Returns the mean of a loss with its arguments and how they are sharded."""
-    full, row = P("rows", "classes"), P("rows")
-
-    def array(dtype, *shape):
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    arguments = {"logits": array(dtype, ROWS, CLASSES)}
-    specs = {"logits": full}
-    if loss is DENSE:
-        arguments["labels"], specs["labels"] = array(dtype, ROWS, CLASSES), full
-    else:
-        arguments["labels"], specs["labels"] = array(jnp.int32, ROWS), row
-    if masked:
-        arguments["where"], specs["where"] = array(jnp.bool_, ROWS, CLASSES), full
-        weights = array(jnp.float32, CLASSES)
-        arguments["class_weights"], specs["class_weights"] = weights, P("classes")
-        loss = functools.partial(loss, label_smoothing=0.1, z_loss=1e-4)
-    return loss, arguments, specs
-
-
 def compiled_for(mesh, loss, masked, *, check_vma=True, mapped=True):
-    loss, arguments, specs = program(loss, masked)
+    row = registry.FUNCTIONS[loss]
+    case = registry.Case(row, row.every()[-1] if masked else ())
+    shapes = case.shapes(registry.Sizes((ROWS,), CLASSES), jnp.dtype(jnp.bfloat16))
+    arguments = {word: one for word, one in shapes.items() if case.axes[word]}
+    specs = {word: spec_of(case.axes[word], "rows", "classes") for word in arguments}
 
     def losses(arguments):
-        return loss(**arguments, class_axis_name="classes")
+        names = {"class_axis_name": "classes"} if mapped else {}
+        return case(arguments, **case.numbers, **names)
 
     if mapped:
         losses = jax.shard_map(
@@ -58,10 +41,6 @@ def compiled_for(mesh, loss, masked, *, check_vma=True, mapped=True):
             out_specs=P("rows"),
             check_vma=check_vma,
         )
-    else:
-
-        def losses(arguments):
-            return loss(**arguments)
 
     def mean(logits, others):
         return jnp.mean(losses(others | {"logits": logits}))

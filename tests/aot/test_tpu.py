@@ -5,7 +5,7 @@ import pytest
 
 import xent_jax
 from aot import compilers, contracts
-from aot.cases import CASES, PLAIN
+from aot.cases import CASES, PLAIN, WITH_ALL
 
 if not compilers.has_tpu_compiler():
     pytest.skip(
@@ -28,7 +28,7 @@ CHIPS_AND_DTYPES = [
 
 
 @pytest.mark.parametrize(("chip", "dtype"), CHIPS_AND_DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *WITH_ALL], ids=lambda case: case.name)
 def test_loss_is_at_the_floor(chip, dtype, case):
     arguments = case.arguments(contracts.SHAPE, dtype)
     compiled = compilers.compile_for_tpu(chip, case.value_and_grad, *arguments)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,16 @@ class Case:
     products: float = 0.0
 
 
+class _Rows(NamedTuple):
+    """Rows of logits with their labels, in float64."""
+
+    logits: np.ndarray
+    confident: np.ndarray  # the label ahead of its best rival by a margin, or behind
+    ids: np.ndarray
+    one_hot: np.ndarray
+    soft: np.ndarray  # targets that sum to one
+
+
 def cases(highest_margin: float = 60.0) -> list[Case]:
     """Returns the cases: confident, hopeless, soft, masked and weighted rows.
 
@@ -66,6 +76,17 @@ def cases(highest_margin: float = 60.0) -> list[Case]:
         cannot hold the gradient of more than 8.
     """
     rng = np.random.default_rng(0)
+    rows = _rows(rng, highest_margin)
+    return [
+        *_of_classes(rng, rows, highest_margin),
+        *_of_elements(rng, highest_margin),
+        *_of_pairs(rng, rows),
+        *_of_heads(rng, rows.ids),
+        *_of_rows(rng, rows.logits, rows.soft[:, 0]),
+    ]
+
+
+def _rows(rng: np.random.Generator, highest_margin: float) -> _Rows:
     logits = 3 * rng.standard_normal((ROWS, CLASSES))
     ids = rng.integers(0, CLASSES, ROWS)
     one_hot = np.arange(CLASSES) == ids[:, None]
@@ -73,97 +94,81 @@ def cases(highest_margin: float = 60.0) -> list[Case]:
     margins = np.linspace(-min(60.0, 4 * highest_margin), highest_margin, ROWS)
     confident = np.where(one_hot, (rivals + margins)[:, None], logits)
     soft = rng.dirichlet(np.ones(CLASSES), ROWS)
-    probs = rng.dirichlet(np.ones(8), ROWS) * 0.8 + 0.025
+    return _Rows(logits, confident, ids, one_hot, soft)
+
+
+def _of_classes(
+    rng: np.random.Generator, rows: _Rows, highest_margin: float
+) -> list[Case]:
+    """Returns cases of class ids and of dense targets, with options and without."""
     keep = np.arange(ROWS) % 5 != 0
-    broken = np.where(keep[:, None], logits, np.nan)
-    weights = rng.uniform(0.5, 2.0, CLASSES)
+    broken = np.where(keep[:, None], rows.logits, np.nan)
     options = {
         "label_smoothing": 0.1,
-        "class_weights": weights.astype(np.float32),
+        "class_weights": rng.uniform(0.5, 2.0, CLASSES).astype(np.float32),
         "z_loss": 1e-3,
     }
     sparse = xent_jax.softmax_cross_entropy_with_integer_labels
     dense = xent_jax.softmax_cross_entropy
-    sigmoid = xent_jax.sigmoid_binary_cross_entropy
-    steep = np.linspace(-highest_margin, highest_margin, ROWS * 8).reshape(ROWS, 8)
-    answers = (rng.random((ROWS, 8)) < 0.5).astype(np.float64)
-    picked = rng.integers(0, 8, ROWS)
+    linearized = xent_jax.linearized_softmax_cross_entropy
     # The global maximum as the pivot rounds a label's margin: (margin + 10)·2⁻²⁴.
     rounded = (highest_margin + 10) / 2
+    certain = {"bound": rounded, "slack": rounded - 4}
     masked = {"where": keep, "options": options}
     return [
-        Case("integer labels", sparse, confident, ids, 4),
-        Case("integer, options", sparse, broken, ids, 8, **masked),
-        Case("dense labels", dense, logits, soft, 6),
-        Case("dense one-hot", dense, confident, one_hot, rounded, slack=rounded - 4),
-        Case("dense, options", dense, broken, soft, 8, **masked),
-        Case(
-            "linearized",
-            xent_jax.linearized_softmax_cross_entropy,
-            logits,
-            soft,
-            8,
-            scale=10,
-        ),
-        Case("sigmoid", sigmoid, steep, answers, 3),
-        Case("pos_weight", sigmoid, steep, answers, 4, options={"pos_weight": 3}),
-        Case("nll", xent_jax.nll_loss, np.log(probs), picked, 2),
-        Case(
-            "categorical",
-            xent_jax.categorical_cross_entropy,
-            probs,
-            answers,
-            16,
-            scale=1,
-        ),
-        Case("binary", xent_jax.binary_cross_entropy, probs, answers, 16, scale=1),
-        *_of_pairs(rng, logits, confident, ids),
-        *_of_heads(rng, ids),
-        *_of_rows(rng, logits, soft[:, 0]),
+        Case("integer labels", sparse, rows.confident, rows.ids, 4),
+        Case("integer, options", sparse, broken, rows.ids, 8, **masked),
+        Case("dense labels", dense, rows.logits, rows.soft, 6),
+        Case("dense one-hot", dense, rows.confident, rows.one_hot, **certain),
+        Case("dense, options", dense, broken, rows.soft, 8, **masked),
+        Case("linearized", linearized, rows.logits, rows.soft, 8, scale=10),
     ]
 
 
-def _of_pairs(
-    rng: np.random.Generator, logits: np.ndarray, confident: np.ndarray, ids: np.ndarray
-) -> list[Case]:
+def _of_elements(rng: np.random.Generator, highest_margin: float) -> list[Case]:
+    """Returns cases of the sigmoid loss, of log-probabilities and of probabilities."""
+    sigmoid = xent_jax.sigmoid_binary_cross_entropy
+    categorical = xent_jax.categorical_cross_entropy
+    binary = xent_jax.binary_cross_entropy
+    probs = rng.dirichlet(np.ones(8), ROWS) * 0.8 + 0.025
+    steep = np.linspace(-highest_margin, highest_margin, ROWS * 8).reshape(ROWS, 8)
+    answers = (rng.random((ROWS, 8)) < 0.5).astype(np.float64)
+    picked = rng.integers(0, 8, ROWS)
+    return [
+        Case("sigmoid", sigmoid, steep, answers, 3),
+        Case("pos_weight", sigmoid, steep, answers, 4, options={"pos_weight": 3}),
+        Case("nll", xent_jax.nll_loss, np.log(probs), picked, 2),
+        Case("categorical", categorical, probs, answers, 16, scale=1),
+        Case("binary", binary, probs, answers, 16, scale=1),
+    ]
+
+
+def _of_pairs(rng: np.random.Generator, rows: _Rows) -> list[Case]:
     """Returns cases of sparse targets, divergences and statistics."""
+    name = "softmax_cross_entropy_with_sparse_targets"
     others = rng.integers(0, CLASSES, (ROWS, 3))
-    indices = np.concatenate([ids[:, None], others], -1)
     probs = rng.dirichlet(np.ones(4), ROWS).astype(np.float32)
-    near = logits + 0.01 * rng.standard_normal(logits.shape)
-    statistics = xent_jax.softmax_statistics
-    divergence = xent_jax.softmax_kl_divergence
+    packed = np.concatenate([rows.ids[:, None], others, probs], -1)
     return [
         Case(
             "sparse targets",
-            lambda x, t: xent_jax.softmax_cross_entropy_with_sparse_targets(
+            lambda x, t: getattr(xent_jax, name)(
                 x, t[..., :4].astype(np.int32), t[..., 4:]
             ),
-            logits,
-            np.concatenate([indices, probs], -1),
+            rows.logits,
+            packed,
             8,
             slack=4,
             law=_unpacked(SOFTMAX_LAW, 4),
-            verifies=("softmax_cross_entropy_with_sparse_targets",),
+            verifies=(name,),
         ),
-        *(
-            Case(
-                f"KL, {direction}",
-                functools.partial(divergence, direction=direction),
-                logits,
-                near.astype(np.float32) if close else -logits,
-                24,
-                slack=24,
-                law=_with(DIVERGENCE_LAW, direction=direction),
-                verifies=("softmax_kl_divergence",),
-            )
-            for direction, close in (("forward", False), ("reverse", False))
-        ),
+        _divergence("forward", rows.logits),
+        _divergence("reverse", rows.logits),
         Case(
             "entropy",
-            lambda x, t: statistics(x, t).entropy,
-            confident,
-            ids,
+            lambda x, t: xent_jax.softmax_statistics(x, t).entropy,
+            rows.confident,
+            rows.ids,
             16,
             slack=16,
             law=ENTROPY_LAW,
@@ -172,55 +177,78 @@ def _of_pairs(
     ]
 
 
+def _divergence(direction: Literal["forward", "reverse"], logits: np.ndarray) -> Case:
+    return Case(
+        f"KL, {direction}",
+        functools.partial(xent_jax.softmax_kl_divergence, direction=direction),
+        logits,
+        -logits,
+        24,
+        slack=24,
+        law=_with(DIVERGENCE_LAW, direction=direction),
+        verifies=("softmax_kl_divergence",),
+    )
+
+
 def _of_heads(rng: np.random.Generator, ids: np.ndarray) -> list[Case]:
     """Returns cases of heads, by their features; the kernel is exact in every dtype."""
     hidden = rng.standard_normal((ROWS, FEATURES))
     kernel = rng.integers(-8, 9, (FEATURES, CLASSES)) / 16
-    wide, narrow = kernel.astype(np.float64), kernel.astype(np.float32)
     teacher = rng.integers(-8, 9, (ROWS, FEATURES)).astype(np.float32) / 8
+    narrow = kernel.astype(np.float32)
     head = xent_jax.linear_softmax_cross_entropy
+    statistics = xent_jax.linear_softmax_statistics
     divergence = xent_jax.linear_softmax_kl_divergence
-    rows = np.arange(ROWS)
-    common = {"bound": 16, "scale": 1, "slack": 64, "products": 16}
-    return [
-        Case(
-            "head, per row",
-            lambda h, y: head(h, narrow, y, class_block=40),
-            hidden,
-            ids,
-            law=of_head(SOFTMAX_LAW, wide),
-            verifies=("linear_softmax_cross_entropy",),
-            **common,
-        ),
-        Case(
-            "head, sum",
-            lambda h, y: head(h, narrow, y, reduction="sum", row_block=24),
-            hidden,
-            ids,
-            law=_summed(of_head(SOFTMAX_LAW, wide)),
-            verifies=("linear_softmax_cross_entropy",),
-            whole=True,
-            **common,
-        ),
-        Case(
-            "head, entropy",
-            lambda h, y: xent_jax.linear_softmax_statistics(h, narrow, y).entropy,
-            hidden,
-            ids,
-            law=of_head(ENTROPY_LAW, wide),
-            verifies=("linear_softmax_statistics",),
-            **common,
-        ),
-        Case(
+    law = of_head(SOFTMAX_LAW, kernel)
+
+    def per_row(h: Any, y: Any) -> jax.Array:
+        return head(h, narrow, y, class_block=40)
+
+    def total(h: Any, y: Any) -> jax.Array:
+        return head(h, narrow, y, reduction="sum", row_block=24)
+
+    def entropy(h: Any, y: Any) -> jax.Array:
+        return statistics(h, narrow, y).entropy
+
+    def from_teacher(h: Any, y: Any) -> jax.Array:
+        return divergence(h, narrow, jnp.asarray(teacher)[y], narrow)
+
+    rows = [
+        ("head, per row", head, per_row, ids, law),
+        ("head, sum", head, total, ids, _summed(law)),
+        ("head, entropy", statistics, entropy, ids, of_head(ENTROPY_LAW, kernel)),
+        (
             "heads, KL",
-            lambda h, y: divergence(h, narrow, jnp.asarray(teacher)[y], narrow),
-            hidden,
-            rows,
-            law=of_divergence(DIVERGENCE_LAW, wide, teacher),
-            verifies=("linear_softmax_kl_divergence",),
-            **common,
+            divergence,
+            from_teacher,
+            np.arange(ROWS),
+            of_divergence(DIVERGENCE_LAW, kernel, teacher),
         ),
     ]
+    return [_of_head(hidden, *row) for row in rows]
+
+
+def _of_head(
+    hidden: np.ndarray,
+    name: str,
+    function: Callable[..., Any],
+    loss: Callable[..., jax.Array],
+    labels: np.ndarray,
+    law: Law,
+) -> Case:
+    return Case(
+        name,
+        loss,
+        hidden,
+        labels,
+        bound=16,
+        scale=1,
+        slack=64,
+        law=law,
+        verifies=(function.__name__,),
+        whole=name == "head, sum",
+        products=16,
+    )
 
 
 def _of_rows(
