@@ -5,9 +5,11 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 import xent_jax
+from xent_jax._losses import sigmoid
 from xent_jax._reductions import classes as reductions
 from xent_jax._reductions import precision
 from xent_jax._targets.block import class_ids
@@ -189,16 +191,59 @@ def test_a_donated_gradient_on_cpu_takes_the_logits_memory(name):
     assert memory.temp_size_in_bytes <= logits / 4
 
 
-def test_sigmoid_on_cpu_holds_two_arrays():
-    """Exponentials and losses: both have two users that XLA:CPU does not fuse."""
-    operand = jax.ShapeDtypeStruct((512, 1000), jnp.float32)
+@pytest.mark.parametrize(("rows", "arrays"), [(512, 2), (16384, 0)])
+def test_sigmoid_on_cpu_holds_two_arrays_or_none(rows, arrays):
+    """Exponentials and losses, which both have two users; of many numbers neither."""
+    operand = jax.ShapeDtypeStruct((rows, 1000), jnp.float32)
     step = jax.jit(
         jax.value_and_grad(
             lambda x, t: xent_jax.sigmoid_binary_cross_entropy(x, t).mean()
         )
     )
     memory = step.lower(operand, operand).compile().memory_analysis()
-    assert memory.temp_size_in_bytes <= 2 * 4 * 512 * 1000 + 2**16
+    assert memory.temp_size_in_bytes <= arrays * 4 * rows * 1000 + 2**16
+
+
+@pytest.mark.parametrize("options", [{}, {"pos_weight": 3.0, "label_smoothing": 0.1}])
+def test_sigmoid_of_many_numbers_equals_the_oracle(options, rng, monkeypatch):
+    monkeypatch.setattr(sigmoid, "_MOST_WRITTEN", 0)
+    logits = (10 * rng.standard_normal((64, 100))).astype(np.float32)
+    labels = rng.random((64, 100)).astype(np.float32)
+    logits[0, :6] = np.inf, -np.inf, np.inf, -np.inf, np.nan, 0
+    labels[0, :4] = 1, 0, 0.5, 0.5
+    labels[1:20] = rng.integers(0, 2, (19, 100))
+
+    def loss(logits):
+        return xent_jax.sigmoid_binary_cross_entropy(logits, labels, **options)
+
+    @jax.jit
+    def both(logits):
+        losses, pull = jax.vjp(loss, logits)
+        return losses, pull(jnp.ones_like(losses))[0]
+
+    truth = oracle.sigmoid_binary_cross_entropy(logits, labels, **options)
+    losses, slopes = both(logits)
+    # 1 less a label that is smoothed to 0.95 is off by 1e-6.
+    rounding = 2e-6 if options else 5e-7
+    np.testing.assert_allclose(jax.jit(loss)(logits), truth.value, rtol=rounding)
+    np.testing.assert_allclose(losses, truth.value, rtol=rounding)
+    np.testing.assert_allclose(slopes, truth.gradient, rtol=rounding, atol=5e-7)
+    point = jnp.array([0.5, -2.0, 0.0])
+    second = jax.hessian(
+        lambda x: xent_jax.sigmoid_binary_cross_entropy(x, jnp.ones(3)).sum()
+    )(point)
+    share = jax.nn.sigmoid(point)
+    np.testing.assert_allclose(jnp.diag(second), share * (1 - share), rtol=1e-6)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_log1p_of_a_share_is_good_to_two_ulp(transform):
+    steps = np.linspace(0, 1, 100_001, dtype=np.float32)
+    shares = np.concatenate([steps, np.exp2(-np.linspace(0, 120, 10_001)), [np.nan]])
+    shares = shares.astype(np.float32)
+    found = transform(precision.log1p_of_share)(shares)
+    truth = np.log1p(shares.astype(np.float64))
+    assert oracle.ulp_error(found, truth, "float32").max() <= 2
 
 
 def test_slices_are_chosen_by_the_number_of_devices():

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from xent_jax._reductions.lowering import on_one_device
 from xent_jax._reductions.tangents import known_tangents
+from xent_jax._reductions.vectors import in_vectors
 from xent_jax._targets.block import Block
 
 
@@ -71,7 +73,10 @@ class Given(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)
 def _results(kind: Any, block: Block, target: Any) -> Any:
     sums = kind.over_shards(kind.sums(block, target))
-    return kind.results(sums, target, block.keep_row)
+    results = kind.results
+    if kind.classes.axis == -1:
+        results = on_one_device(results, functools.partial(in_vectors, results))
+    return results(sums, target, block.keep_row)
 
 
 # Compiled as one where derivatives are taken eagerly: the −inf of a dropped class, at

@@ -13,8 +13,11 @@ from xent_jax._arguments import arrays, checks, placement
 from xent_jax._arguments.options import read_number
 from xent_jax._reductions.classes import unfused_on_cpu
 from xent_jax._reductions.lowering import on_one_device
-from xent_jax._reductions.precision import accumulation_dtype, scaled
+from xent_jax._reductions.precision import accumulation_dtype, log1p_of_share, scaled
 from xent_jax._reductions.tangents import unless_zero
+
+# Up to so many losses are written to memory on a CPU, before they are added up.
+_MOST_WRITTEN = 1 << 23
 
 
 @jax.named_scope("sigmoid_binary_cross_entropy")
@@ -147,6 +150,18 @@ def _kept(values: jax.Array, keep: jax.Array | None) -> jax.Array:
     return values if keep is None else jnp.where(keep, values, 0)
 
 
+def _in_routine(differentiated: bool, logits: jax.Array, keep: Any) -> bool:
+    """Returns whether losses are to be added up without being written on a CPU.
+
+    Few of them are faster by way of memory. So are those of half precision with their
+    gradient: the routine takes float32, into which all is copied.
+    """
+    if keep is not None or (differentiated and logits.dtype.itemsize == 2):
+        return False
+    # A symbolic number is no int.
+    return isinstance(logits.size, int) and logits.size > _MOST_WRITTEN
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _binary_terms(
     differentiated: bool,
@@ -155,7 +170,7 @@ def _binary_terms(
     weight: jax.Array | None,
     keep: jax.Array | None,
 ) -> jax.Array:
-    if differentiated or keep is not None:
+    if not _in_routine(differentiated, logits, keep):
         return _terms(logits, targets, weight, keep)
     choose = on_one_device(functools.partial(_terms, keep=None), _arithmetic_terms)
     return choose(logits, targets, weight)
@@ -167,8 +182,8 @@ def _terms(
     parts = _parts(logits, targets, weight, keep)
     losing = jnp.where(parts.ahead, parts.negative, parts.positive)
     linear = losing * jnp.where(losing == 0, 0, parts.size)
-    log_mass = jnp.log1p(parts.small)
-    if weight is not None:
+    log_mass = log1p_of_share(parts.small)
+    if weight is not None:  # else they add up to 1
         log_mass = (parts.positive + parts.negative) * log_mass
     return _kept(unfused_on_cpu(log_mass + linear), keep)
 
@@ -176,25 +191,26 @@ def _terms(
 def _arithmetic_terms(
     logits: jax.Array, targets: jax.Array, weight: jax.Array | None
 ) -> jax.Array:
-    """Returns the same without a select.
+    """Returns the same without a select, and in few operations.
 
     XLA:CPU then takes the loss as a whole into its library routine for the sum or mean
-    that follows, and writes it nowhere. The gradient has other uses for its parts.
+    that follows, and writes it nowhere. Each operation is a loop there.
     """
     values = logits.astype(targets.dtype)
     positive = targets if weight is None else weight * targets
     negative = 1 - targets
-    small = jnp.exp(jnp.minimum(values, -values))
+    log_mass = jnp.log1p(jnp.exp(jnp.minimum(values, -values)))
+    if weight is not None:
+        log_mass = (positive + negative) * log_mass
     linear = _product(negative, jnp.maximum(values, 0))
-    linear = linear + _product(positive, jnp.maximum(-values, 0))
-    return (positive + negative) * jnp.log1p(small) + linear
+    return log_mass + (linear + _product(positive, jnp.maximum(-values, 0)))
 
 
 def _product(factor: jax.Array, values: jax.Array) -> jax.Array:
     """Returns the product with non-negative values, 0 where a factor of 0 meets inf."""
     large = jnp.finfo(values.dtype).max
     # 0 for a factor of 0, and inf for every other.
-    cap = jnp.minimum(jnp.abs(factor) * large, large) * large
+    cap = jnp.abs(factor * large) * large
     return factor * jnp.minimum(values, cap)
 
 
@@ -202,9 +218,15 @@ def _product(factor: jax.Array, values: jax.Array) -> jax.Array:
 def _binary_terms_jvp(
     differentiated: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[jax.Array, jax.Array]:
+    del differentiated
     dots = [unless_zero(tangent) for tangent in tangents]
     rule = jax.checkpoint(_binary_terms_dot, prevent_cse=False)
-    return _binary_terms(True, *primals), rule(*primals, *dots[:3])
+    loss, arguments = _binary_terms(True, *primals), (*primals, *dots[:3])
+    if not _in_routine(True, primals[0], primals[3]):
+        return loss, rule(*arguments)
+    # What loss and tangent share, constants too, XLA:CPU would write to memory. In
+    # another shape it is not the same to XLA.
+    return loss, rule(*jax.tree.map(lambda array: array[None], arguments))[0]
 
 
 def _binary_terms_dot(
@@ -218,7 +240,7 @@ def _binary_terms_dot(
 ) -> jax.Array:
     """Returns the tangent of the loss, linear in the three directions."""
     parts = _parts(logits, targets, weight, keep)
-    log_mass = jnp.log1p(parts.small)
+    log_mass = log1p_of_share(parts.small)
     loss = jnp.zeros_like(parts.small)
     if logits_dot is not None:
         # negative·sigmoid(x) − positive·sigmoid(−x), where the larger sigmoid is 1 less

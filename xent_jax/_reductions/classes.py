@@ -24,13 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from xent_jax._reductions.lowering import CPU, Place, by_place
+from xent_jax._reductions.vectors import in_vectors
 
 # XLA:CPU vectorises an elementwise fusion, exponentials included, but falls back to
 # slow loops, or to a materialised copy of the operand, for a reduction of anything
 # but a bare array. The classes are therefore cut into slices: an elementwise tree over
 # them is one fusion, whose result has the lanes of one slice. Few classes are a slice
-# each.
-_MOST_SINGLE = 32
+# each; fewer in half precision, of which a vector from one slice is converted at once.
+_MOST_SINGLE, _MOST_SINGLE_HALF = 32, 20
 # XLA:CPU does not fuse what it would have to compute more than 15 times. Slices of an
 # operand that is converted first are fewer; slices of that first result, which is not
 # to be computed again for each of them, are more.
@@ -156,6 +157,8 @@ def reduce_classes(
         if place.chip == CPU:
             # Slices of classes that are sharded would be gathered.
             alone = functools.partial(_reduce_in_slices, reduction, terms, axis)
+            if axis == -1 and size <= _most_single(leaves):
+                alone = functools.partial(in_vectors, alone)
             return alone if place.whole else None
         on_tpu = None if place.chip is None else reduction.on_tpu
         return None if on_tpu is None else functools.partial(plain, on_tpu)
@@ -168,11 +171,16 @@ def reduce_classes(
     return by_place(default, at)(*operands)
 
 
+def _most_single(leaves: Sequence[jax.Array]) -> int:
+    half = any(array.dtype.itemsize == 2 for array in leaves)
+    return _MOST_SINGLE_HALF if half else _MOST_SINGLE
+
+
 def _slices_of_operands(leaves: Sequence[jax.Array], axis: int) -> list[_Slices]:
     """Returns groups of slices, of a result each."""
     shape = jnp.broadcast_shapes(*(array.shape for array in leaves))
     size = shape[axis]
-    if size <= _MOST_SINGLE:
+    if size <= _most_single(leaves):
         return [_Slices.of(axis, size, 1)]
     # Symbolic sizes are not counted.
     numbers = math.prod(count for count in shape if isinstance(count, int))
