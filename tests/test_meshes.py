@@ -142,7 +142,7 @@ def test_many_classes_over_any_number_of_shards(shards, classes, name, kind):
     assert module.collective_kinds == {"all-reduce"}
 
 
-@pytest.mark.parametrize(("case", "spec", "kind"), _shardings())
+@pytest.mark.parametrize(("case", "spec", "kind"), list(_shardings()))
 def test_sharded_is_unsharded(case, spec, kind):
     shape = (8, 1) if spec == "rows" else (1, 8) if spec == "classes" else (2, 4)
     names = ("a", "b") if spec != "classes" else ("b", "a")
