@@ -11,6 +11,7 @@ from grids import covering
 from registry import ARGUMENTS, EXTREME, FUNCTIONS, STRUCTURAL, Case, keyword_of
 
 import xent_jax
+from xent_jax._arguments.options import axes_of
 from xent_jax._checking import cases
 
 PUBLIC = {
@@ -87,6 +88,15 @@ def test_extreme_arguments_are_finite(key):
         for word, array in drawn.items():
             assert array.shape == EXTREME.shape(Case(row, options).axes[word])
             assert np.all(np.isfinite(array))
+
+
+@pytest.mark.parametrize("name", registry.HEADS)
+def test_meshes_shard_by_the_same_axes(name):
+    for row in registry.ROWS:
+        if row.name == name:
+            for key in (*row.inputs, *row.options):
+                # Labels may lack the last of the axes that several ids a row have.
+                assert axes_of(keyword_of(key)).startswith(ARGUMENTS[key].axes)
 
 
 def test_what_is_drawn_does_not_depend_on_the_others():
