@@ -202,8 +202,9 @@ def _arithmetic_terms(
     log_mass = jnp.log1p(jnp.exp(jnp.minimum(values, -values)))
     if weight is not None:
         log_mass = (positive + negative) * log_mass
-    linear = _product(negative, jnp.maximum(values, 0))
-    return log_mass + (linear + _product(positive, jnp.maximum(-values, 0)))
+    nothing = -0.0  # no constant of the gradient's, which would be written for both
+    linear = _product(negative, jnp.maximum(values, nothing))
+    return log_mass + (linear + _product(positive, jnp.maximum(-values, nothing)))
 
 
 def _product(factor: jax.Array, values: jax.Array) -> jax.Array:
