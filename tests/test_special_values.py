@@ -18,7 +18,11 @@ INF, NAN = np.inf, np.nan
 ROW3 = oracle.softmax(np.array([0.0, 1.0, 2.0]))
 
 both = pytest.mark.parametrize(
-    "transform", [lambda f: f, jax.jit], ids=["eager", "jit"]
+    "transform",
+    [
+        pytest.param(lambda f: f, id="eager", marks=pytest.mark.exhaustive),
+        pytest.param(jax.jit, id="jit"),
+    ],
 )
 
 
