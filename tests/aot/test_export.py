@@ -86,8 +86,9 @@ def assert_close(got, want):
         assert got.dtype == want.dtype
         exact = np.asarray(want, np.float64)
         relative = max(1e-6, float(jnp.finfo(want.dtype).eps))
-        # Targets whose rows sum to one have a mean whose gradient is all rounding.
-        absolute = 1e-6 * max(np.abs(exact).max(), 1e-7)
+        # Targets whose rows sum to one have a mean whose gradient is all rounding, and
+        # the slope of a softcap far below the logits is a difference.
+        absolute = 1e-5 * max(np.abs(exact).max(), 1e-8)
         np.testing.assert_allclose(
             np.asarray(got, np.float64), exact, rtol=relative, atol=absolute
         )
