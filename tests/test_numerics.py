@@ -191,6 +191,7 @@ def test_a_donated_gradient_on_cpu_takes_the_logits_memory(name):
     assert memory.temp_size_in_bytes <= logits / 4
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("rows", "arrays"), [(512, 2), (16384, 0)])
 def test_sigmoid_on_cpu_holds_two_arrays_or_none(rows, arrays):
     """Exponentials and losses, which both have two users; of many numbers neither."""
