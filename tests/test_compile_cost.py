@@ -11,9 +11,9 @@ IDS, DENSE, HEAD = (
 )
 # The loss that is differentiated, and the most equations and lines.
 PROGRAMS = {
-    "ids": (Case(IDS), 250, 1000),
-    "ids, all options": (Case(IDS, IDS.every()[-1]), 600, 2250),
-    "dense": (Case(DENSE), 250, 1350),
+    "ids": (Case(IDS), 250, 900),
+    "ids, all options": (Case(IDS, IDS.every()[-1]), 600, 2000),
+    "dense": (Case(DENSE), 250, 900),
     "head, mean": (Case(HEAD, (), {"reduction": "mean"}), 400, 900),
     "head, per row": (Case(HEAD), 400, 900),
 }

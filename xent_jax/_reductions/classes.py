@@ -106,22 +106,21 @@ class _Slices(NamedTuple):
 
     def combined(
         self,
-        combine: Callable[[jax.Array, jax.Array], jax.Array],
+        combine: Callable[[Any, Any], Any],
         neutral: float,
-        *parts: jax.Array,
-    ) -> jax.Array:
+        *parts: Any,
+    ) -> Any:
         """Returns what was made of the slices, combined in a tree, each number once."""
         if self.overlap:
             # A constant: XLA:CPU would split the loop where an iota is compared.
             fresh = np.arange(self.lanes) >= self.overlap
             fresh = np.expand_dims(fresh, tuple(range(1, -self.axis)))
-            parts = (*parts[:-1], jnp.where(fresh, parts[-1], neutral))
+            last = jax.tree.map(lambda part: jnp.where(fresh, part, neutral), parts[-1])
+            parts = (*parts[:-1], last)
         return _in_a_tree(combine, *parts)
 
 
-def _in_a_tree(
-    combine: Callable[[jax.Array, jax.Array], jax.Array], *parts: jax.Array
-) -> jax.Array:
+def _in_a_tree(combine: Callable[[Any, Any], Any], *parts: Any) -> Any:
     """Returns the parts combined, neighbours first: sums are rounded a few times."""
     while len(parts) > 1:
         odd = parts[len(parts) // 2 * 2 :]
@@ -197,16 +196,27 @@ def _slices_of_operands(leaves: Sequence[jax.Array], axis: int) -> list[_Slices]
 def _reduce_in_slices(
     reduction: Reduction, terms: Callable[..., Any], axis: int, *operands: Any
 ) -> Any:
-    terms = jax.jit(terms)  # traced once, called a slice
-    leaves, structure = jax.tree.flatten(operands)
+    # Traced once and called; as sizes and starts are constants, XLA makes slices of it.
+    @functools.partial(jax.jit, static_argnums=0)
+    def terms_of(lanes: int, start: Any, operands: Any) -> Any:
+        def cut(array: jax.Array) -> jax.Array:
+            if array.shape[axis] == 1:
+                return array
+            return jax.lax.dynamic_slice_in_dim(array, start, lanes, axis)
+
+        return terms(*jax.tree.map(cut, operands))
+
+    @jax.jit
+    def combined(left: Any, right: Any) -> Any:
+        return jax.tree.map(reduction.combine, left, right)
+
     totals, last = [], None
-    for slices in _slices_of_operands(leaves, axis):
-        cuts = zip(*map(slices.cut, leaves), strict=True)
-        results = [terms(*jax.tree.unflatten(structure, cut)) for cut in cuts]
-        combine = functools.partial(
-            slices.combined, reduction.combine, reduction.neutral
-        )
-        parts, names = jax.tree.flatten(jax.tree.map(combine, *results))
+    for slices in _slices_of_operands(jax.tree.leaves(operands), axis):
+        results = [
+            terms_of(slices.lanes, np.int32(start), operands) for start in slices.starts
+        ]
+        result = slices.combined(combined, reduction.neutral, *results)
+        parts, names = jax.tree.flatten(result)
         reduced = []
         for start in range(0, len(parts), reduction.together):
             first, *rest = parts[start : start + reduction.together]
@@ -223,6 +233,7 @@ def _reduce_in_slices(
     return jax.tree.map(functools.partial(_in_a_tree, reduction.combine), *totals)
 
 
+@jax.jit
 def unfused(array: jax.Array, after: jax.Array | None = None) -> jax.Array:
     """Returns the array, which XLA:CPU does not fuse with a reduction that follows.
 
