@@ -103,23 +103,22 @@ class LogitOptions(NamedTuple):
 
     def each(self, change: Callable[[Any], Any], axes: str) -> "LogitOptions":
         """Returns the options, those with the axes changed."""
-        return LogitOptions(
-            *(
-                change(value)
-                if value is not None and OPTIONS[name].axes == axes
-                else value
-                for name, value in zip(self._fields, self, strict=True)
-            )
+        return self._replace(
+            **{name: change(value) for name, value in self._along(axes)}
         )
 
     def where(self, keep: jax.Array | None, axes: str) -> "LogitOptions":
         """Returns the options, those with the axes as dropped where `keep` is false."""
-        return LogitOptions(
-            *(
-                where_kept(name, value, keep) if OPTIONS[name].axes == axes else value
-                for name, value in zip(self._fields, self, strict=True)
-            )
+        return self._replace(
+            **{name: where_kept(name, value, keep) for name, value in self._along(axes)}
         )
+
+    def _along(self, axes: str) -> list[tuple[str, Any]]:
+        return [
+            (name, value)
+            for name, value in self._asdict().items()
+            if value is not None and OPTIONS[name].axes == axes
+        ]
 
 
 def merged(*parts: LogitOptions) -> LogitOptions:
