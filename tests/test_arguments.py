@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from grids import shortened
 from heads import LOSS, STATISTICS
 
 import xent_jax
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("unoptimized")]
 
 IDS_LOSS = xent_jax.softmax_cross_entropy_with_integer_labels
 SIGMOID = xent_jax.sigmoid_binary_cross_entropy
@@ -203,7 +204,10 @@ def of_flax(value):
     return pytest.importorskip("flax.nnx").Param(jnp.asarray(value))
 
 
-@pytest.mark.parametrize("wrap", [lambda value: Wrapped(jnp.asarray(value)), of_flax])
+@pytest.mark.parametrize(
+    "wrap",
+    shortened([lambda value: Wrapped(jnp.asarray(value)), of_flax], kept=[of_flax]),
+)
 @pytest.mark.parametrize("name", CALLS)
 def test_wrappers_of_arrays_are_arrays(name, wrap):
     """All arguments at once, and in a `jax.jit` that traces what is wrapped."""
@@ -242,9 +246,11 @@ def test_wrapped_options_on_a_mesh_of_explicit_axes():
     with jax.set_mesh(mesh):
         spec = jax.sharding.NamedSharding(mesh, jax.P("rows", None))
         arrays = arrays | {"hidden": jax.device_put(LOGITS, spec)}
-        for wrap in (Wrapped, lambda value: Wrapped(jnp.asarray(value))):
-            wrapped = {key: wrap(value) for key, value in options.items()}
-            np.testing.assert_allclose(LOSS(**arrays, **wrapped), plain, rtol=1e-6)
+        kept = {key: Wrapped(value) for key, value in options.items()}
+        moved = {key: Wrapped(jnp.asarray(value)) for key, value in options.items()}
+        jitted = jax.jit(lambda arrays: LOSS(**arrays, **moved))
+        for loss in (LOSS(**arrays, **kept), jitted(arrays)):
+            np.testing.assert_allclose(loss, plain, rtol=1e-6)
 
 
 @pytest.mark.parametrize("z_loss", [1e-46, 1e-40, 1e-30, 1e30, 1e37])

@@ -67,7 +67,11 @@ def lenient():
         yield
 
 
-@pytest.mark.parametrize("title", shortened(TITLES, kept=TITLES[::3]))
+# A third, but for one whose programs are long.
+FEW = [title for title in TITLES[::3] if title != "L-BFGS"]
+
+
+@pytest.mark.parametrize("title", shortened(TITLES, kept=FEW))
 def test_entry(title):
     entry = ENTRIES[TITLES.index(title)]
     code = entry.shared + entry.own

@@ -148,7 +148,10 @@ def test_targets_of_any_sum(transform, targets):
 
 
 @both
-@pytest.mark.parametrize("bad", [3, 100, -4, -1, -100, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize(
+    "bad",
+    shortened([3, 100, -4, -1, -100, 2**31 - 1, -(2**31)], kept=[3, -1, -(2**31)]),
+)
 @pytest.mark.parametrize("loss", [INTEGER, xent_jax.nll_loss], ids=["softmax", "nll"])
 def test_bad_ids(transform, loss, bad):
     rows = np.array([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]])

@@ -5,12 +5,14 @@ blocks are given, for a chip that has none.
 """
 
 import functools
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import shortened
 from heads import LOSS, OPTIONS, cast, head_inputs, parted, relative_error, truth_of
 from jax.experimental.pallas import tpu as pltpu
 from registry import NO_KERNEL
@@ -19,7 +21,8 @@ from xent_jax._forms import row_blocks
 from xent_jax._forms.tpu import choice, total
 from xent_jax._forms.tpu.tiling import Tiling, tiling_of
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("unoptimized")]
+LARGE = pytest.mark.exhaustive
 
 # Rows, features and classes; tiles of 128 classes and blocks of 32 rows.
 SHAPES = [
@@ -41,8 +44,14 @@ EACH = [
     ("bias", "where", "z_loss"),
     ALL,
 ]
-# Every option with a shape, and every shape with two options.
-PAIRS = [(SHAPES[i % len(SHAPES)], options) for i, options in enumerate(EACH)]
+# Every option with a shape, and every shape with two options; those of several options
+# and none by default.
+PAIRS = [
+    pytest.param(
+        SHAPES[i % len(SHAPES)], options, marks=LARGE if len(options) == 1 else ()
+    )
+    for i, options in enumerate(EACH)
+]
 
 
 @pytest.fixture
@@ -101,7 +110,9 @@ def test_equals_the_oracle(shape, options, use, rng):
     assert len(programs) == 1
 
 
-@pytest.mark.parametrize("shape", [(16, 128, 200), (70, 128, 300)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(16, 128, 200), pytest.param((70, 128, 300), marks=LARGE)], ids=str
+)
 def test_gradient_of_a_float32_kernel_is_not_rounded(shape, use, rng):
     use(TILING)
     inputs = bfloat16_inputs(rng, shape, ("bias",), "float32")
@@ -113,8 +124,13 @@ def test_gradient_of_a_float32_kernel_is_not_rounded(shape, use, rng):
     assert np.mean(np.asarray(gradient != rounded)) > 0.9
 
 
-@pytest.mark.parametrize("kernel", ["bfloat16", "float32"])
-@pytest.mark.parametrize("rows", [128, 160])
+@pytest.mark.parametrize(
+    ("rows", "kernel"),
+    shortened(
+        itertools.product([128, 160], ["bfloat16", "float32"]),
+        kept=[(128, "float32"), (160, "bfloat16")],
+    ),
+)
 def test_block_with_as_many_rows_as_features_or_more(rows, kernel, use, rng):
     # Then the kernel's gradient does not leave over what is kept.
     use(TILING._replace(rows=rows, row_chunk=rows // 2))
@@ -166,7 +182,7 @@ def test_confident_rows_keep_their_digits(margin, use, rng):
         assert relative_error(gradient, getattr(truth, name)) < 6e-3
 
 
-@pytest.mark.parametrize("margin", [-5.0, 3.0, 30.0])
+@pytest.mark.parametrize("margin", shortened([-5.0, 3.0, 30.0], kept=[3.0]))
 def test_errors_are_those_of_the_other_form(margin, use, rng):
     inputs = bfloat16_inputs(rng, (256, 128, 700), margin=margin)
     truth = truth_of(inputs, "mean")
@@ -180,7 +196,9 @@ def test_errors_are_those_of_the_other_form(margin, use, rng):
         assert relative_error(gradient, wanted) <= largest
 
 
-@pytest.mark.parametrize("kept", [(), (1, 3), (0, 4)], ids=str)
+@pytest.mark.parametrize(
+    "kept", [(1, 3), *(pytest.param(k, marks=LARGE) for k in [(), (0, 4)])], ids=str
+)
 def test_blocks_without_a_kept_row_are_left_out(kept, use, rng):
     use(TILING)
     inputs = bfloat16_inputs(rng, (150, 128, 200), ("bias",))

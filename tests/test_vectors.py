@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from grids import shortened
 
 import xent_jax
 from xent_jax._reductions import vectors
@@ -41,7 +42,10 @@ def test_no_loop_with_an_exponential_asks_whether_a_row_exists(rows, classes):
 
 @pytest.mark.parametrize(
     ("shape", "classes"),
-    [((4096,), 3), ((4099,), 10), ((6, 691), 2), ((4099, 1), 40)],
+    shortened(
+        [((4096,), 3), ((4099,), 10), ((6, 691), 2), ((4099, 1), 40)],
+        kept=[((4099,), 10), ((6, 691), 2)],
+    ),
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_on_two_axes_equal_the_oracle(shape, classes, dtype, rng):
