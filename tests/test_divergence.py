@@ -139,7 +139,7 @@ def test_a_temperature_for_every_row(direction, rng):
 @both
 @pytest.mark.parametrize("reduction", [None, "mean", "sum"])
 @pytest.mark.parametrize("full", [False, True])
-def test_heads_equal_given_logits(full, reduction, direction, rng):
+def test_heads_equal_given_logits(full, reduction, direction, rng, unoptimized):
     hidden, kernel, teacher, teacher_kernel = heads(rng)
     rows, classes = len(hidden), kernel.shape[1]
     bias, other = rng.standard_normal((2, classes)).astype(np.float32)

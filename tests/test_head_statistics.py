@@ -27,7 +27,7 @@ def inputs_of(rng, *options, classes=37):
     "kind", ["rows", pytest.param("number", marks=pytest.mark.exhaustive)]
 )
 @pytest.mark.parametrize("options", [(), ("bias", "where", "class_mask", "softcap")])
-def test_temperature_divides_the_logits(options, kind, reduction, rng):
+def test_temperature_divides_the_logits(options, kind, reduction, rng, unoptimized):
     inputs = inputs_of(rng, *options)
     shape = () if kind == "number" else inputs["labels"].shape
     temperature = rng.uniform(0.4, 2, shape).astype(np.float32)
@@ -91,7 +91,7 @@ def test_a_temperature_that_is_none_is_refused(temperature, rng):
 @pytest.mark.parametrize(
     "options", [(), ("where", "weights", "label_smoothing", "bias")]
 )
-def test_statistics_beside_the_loss(options, reduction, rng):
+def test_statistics_beside_the_loss(options, reduction, rng, unoptimized):
     inputs = inputs_of(rng, *options)
     block = {"class_block": 16} if reduction is None else {"row_block": 5}
 

@@ -154,7 +154,7 @@ def test_axes(axis, rng):
 
 @pytest.mark.parametrize("reduction", [None, "mean", "sum"])
 @pytest.mark.parametrize("count", shortened([1, 5, 40], kept=[5]))
-def test_heads_equal_given_logits(count, reduction, rng):
+def test_heads_equal_given_logits(count, reduction, rng, unoptimized):
     hidden = rng.standard_normal((7, 6)).astype(np.float32)
     kernel = rng.standard_normal((6, 53)).astype(np.float32)
     indices, probs = targets(rng, 7, 53, count)
