@@ -107,16 +107,17 @@ class DenseTargets(NamedTuple):
         ties = nan_where(~jnp.isfinite(sums.largest), sums.ties)
         excess = sums.below + (ties - 1)
         log_mass = log1p(excess)
+        loss = sums.distance + sums.total * log_mass
         if not self.differentiated:
             # XLA's library routine for the mean would make the logarithms, one by one.
             # With the gradient, XLA would make the sums of few classes once more.
-            log_mass = unfused_on_cpu(log_mass)
+            loss = unfused_on_cpu(loss)
         # What is not differentiated has no use for it, but has the same results.
         rest = jnp.zeros_like(sums.total) if sums.rest is None else sums.rest
         loss, log_normalizer = (
             zero_in_dropped_rows(numbers, keep_row)
             for numbers in (
-                sums.distance + sums.total * log_mass,
+                loss,
                 sums.largest + log_mass,
             )
         )
