@@ -12,7 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from xent_jax._reductions.axis import ClassAxis
-from xent_jax._reductions.classes import max_classes, sum_classes
+from xent_jax._reductions.classes import (
+    max_classes,
+    sum_classes,
+    unfused_on_cpu,
+)
 from xent_jax._reductions.precision import log1p, nan_where
 from xent_jax._targets.block import (
     Block,
@@ -79,8 +83,14 @@ class DenseTargets(NamedTuple):
 
         # Classes that are all impossible are far below, and none of them is a largest.
         pivot = jnp.where(largest == -jnp.inf, 0, largest)
-        terms = functools.partial(_terms, self.differentiated)
-        return Sums(largest, *sum_classes(terms, (block, targets, pivot), axis))
+        names = _OF_VALUE
+        if self.differentiated:
+            classes = block.logits.shape[axis]
+            few = isinstance(classes, int) and classes <= _FEW
+            names = _WITH_GRADIENT_OF_FEW if few else _WITH_GRADIENT
+        terms = functools.partial(_terms, names)
+        sums = sum_classes(terms, (block, targets, pivot), axis)
+        return Sums(largest, **dict(zip(names, sums, strict=True)))
 
     def over_shards(self, sums: Sums) -> Sums:
         """Returns the sums over all shards' classes from those of each."""
@@ -97,12 +107,17 @@ class DenseTargets(NamedTuple):
         ties = nan_where(~jnp.isfinite(sums.largest), sums.ties)
         excess = sums.below + (ties - 1)
         log_mass = log1p(excess)
+        loss = sums.distance + sums.total * log_mass
+        if not self.differentiated:
+            # XLA's library routine for the mean would make the logarithms, one by one.
+            # With the gradient, XLA would make the sums of few classes once more.
+            loss = unfused_on_cpu(loss)
         # What is not differentiated has no use for it, but has the same results.
         rest = jnp.zeros_like(sums.total) if sums.rest is None else sums.rest
         loss, log_normalizer = (
             zero_in_dropped_rows(numbers, keep_row)
             for numbers in (
-                sums.distance + sums.total * log_mass,
+                loss,
                 sums.largest + log_mass,
             )
         )
@@ -185,26 +200,34 @@ class DenseTargets(NamedTuple):
         )
 
 
+# What is summed, in pairs, which a CPU makes in one pass: those that read the same. The
+# gradient takes a sum more: the targets alone are the cheapest to read for one, 2.9 in
+# place of 4.0 ms for value and gradient of 1000 classes. Few classes are not summed in
+# passes, and take a tenth longer in that order. The distance comes first, as a sum that
+# the gradient does without: it then has read the logits before the gradient takes their
+# memory.
+_OF_VALUE = "distance", "total", "below", "ties"
+_WITH_GRADIENT = "distance", "rest", "below", "ties", "total"
+_WITH_GRADIENT_OF_FEW, _FEW = (*_OF_VALUE, "rest"), 32
+
+
 # Logits are compared, not their distances from the largest, which XLA may round in
 # other ways for other sums. Two comparisons, not one and its complement, because
 # XLA:GPU would write the mask that two sums share to memory.
 def _terms(
-    differentiated: bool, block: Block, targets: jax.Array, pivot: jax.Array
+    names: tuple[str, ...], block: Block, targets: jax.Array, pivot: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """Returns what is summed, in the order of `Sums`: in pairs that read the same.
-
-    The distance comes first, as a sum that the gradient does without: on a CPU it then
-    has read the logits before the gradient takes their memory.
-    """
+    """Returns what is summed for some fields of `Sums`."""
     values = values_of(block)
-    # 0·inf is never formed: a class without a target adds nothing.
-    distance = targets * jnp.where(targets == 0, 0, pivot - values)
-    below = jnp.where(values >= pivot, 0, jnp.exp(values - pivot))
-    ties = jnp.where(values < pivot, 0, jnp.ones_like(values))
-    if not differentiated:
-        return distance, targets, below, ties
-    rest = jnp.where(values >= pivot, 0, targets)  # for the gradient alone
-    return distance, targets, below, ties, rest
+    terms = {
+        # 0·inf is never formed: a class without a target adds nothing.
+        "distance": targets * jnp.where(targets == 0, 0, pivot - values),
+        "total": targets,
+        "below": jnp.where(values >= pivot, 0, jnp.exp(values - pivot)),
+        "ties": jnp.where(values < pivot, 0, jnp.ones_like(values)),
+        "rest": jnp.where(values >= pivot, 0, targets),
+    }
+    return tuple(terms[name] for name in names)
 
 
 def _relative_to(largest: jax.Array, sums: Sums) -> Sums:
