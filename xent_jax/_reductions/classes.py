@@ -42,8 +42,8 @@ _FEWEST_SLICES_OF_RESULT, _FEWEST_TO_CUT = 16, 64
 _FEWEST_WRITTEN = 5
 # More slices come in groups, one after the other, so that the lanes stay in the cache,
 # and in memory that the allocator gives out again without clearing it; few groups, as
-# each is compiled. Of [2048, 32768], two take nine tenths of the time of four, and half
-# of what four take to compile; in one, five results of a mask and weights take a quarter
+# each is compiled. Of [2048, 32768], two take nine tenths of the time of four and half
+# of the time to compile; in one, five results of a mask and weights take a quarter
 # longer than in four.
 _MOST_GROUPS, _MOST_BYTES_OF_RESULT, _FEWEST_LANES_OF_GROUP = 8, 8 << 20, 128
 _VECTOR = 16  # lanes that do not fill the last vector are computed one by one
