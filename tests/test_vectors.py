@@ -40,6 +40,16 @@ def test_no_loop_with_an_exponential_asks_whether_a_row_exists(rows, classes):
     assert all(len(shape) == 2 for shape in shapes - slices)
 
 
+@pytest.mark.parametrize("shape", [(8, 64, 64), (2, 4099)])
+def test_rows_that_are_on_two_axes_keep_them(shape):
+    """XLA:CPU does not fuse over a change of shape."""
+    logits = jax.ShapeDtypeStruct((*shape, 21), jnp.float32)
+    ids = jax.ShapeDtypeStruct(shape, jnp.int32)
+    program = jax.jit(jax.value_and_grad(mean_of_ids)).lower(logits, ids)
+    logits_type = re.escape(f"tensor<{'x'.join(map(str, logits.shape))}xf32>")
+    assert not re.search(rf"reshape .*\({logits_type}\)", program.as_text())
+
+
 @pytest.mark.parametrize(
     ("shape", "classes"),
     shortened(
