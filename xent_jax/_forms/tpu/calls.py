@@ -42,7 +42,7 @@ def uninitialized(
     """
     return pl.pallas_call(
         lambda out_ref: None,
-        out_shape=_shape_like(jax.ShapeDtypeStruct(shape, dtype), reference),
+        out_shape=shape_like(jax.ShapeDtypeStruct(shape, dtype), reference),
         out_specs=IN_MAIN_MEMORY,
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=0),
         interpret=tiling.interpret,
@@ -77,7 +77,7 @@ def column_at(tiling: Tiling) -> pl.BlockSpec:
     return pl.BlockSpec((tiling.rows, LANES), lambda j, place: (_ZERO, j // LANES))
 
 
-def _shape_like(array: Any, reference: jax.Array) -> jax.ShapeDtypeStruct:
+def shape_like(array: Any, reference: jax.Array) -> jax.ShapeDtypeStruct:
     """Returns the shape of an output that varies over a mesh as `reference` does."""
     kind, options = jax.typeof(reference), {}
     if hasattr(kind, "manual_axis_type"):
@@ -128,7 +128,7 @@ def call(
             out_specs=[operand.spec for operand in outputs.values()],
             scratch_shapes=list(scratch.values()),
         ),
-        out_shape=[_shape_like(o.array, like) for o in outputs.values()],
+        out_shape=[shape_like(o.array, like) for o in outputs.values()],
         input_output_aliases={
             names.index(source): list(outputs).index(target)
             for source, target in aliases.items()
