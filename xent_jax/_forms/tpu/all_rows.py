@@ -79,7 +79,7 @@ def gradients(tiling: Tiling, wanted: Wanted, head: LogitsOf, slopes: Slopes) ->
 
     def kernel(*refs: Any) -> None:
         named = References(dict(zip(names, refs, strict=True)))
-        _kernel(tiling, grid, head.kernel.shape[1], named)
+        _kernel(tiling, grid, tiling.sizes(head.kernel)[1], named)
 
     results = pl.pallas_call(
         kernel,
@@ -102,7 +102,8 @@ def gradients(tiling: Tiling, wanted: Wanted, head: LogitsOf, slopes: Slopes) ->
 
 def _grid(tiling: Tiling, head: LogitsOf) -> tuple[int, int]:
     """Returns the number of tiles and of blocks of rows."""
-    return tiling.tiles(head.kernel.shape[1]), head.hidden.shape[0] // tiling.rows
+    tiles = tiling.tiles(tiling.sizes(head.kernel)[1])
+    return tiles, head.hidden.shape[0] // tiling.rows
 
 
 def _of_rows(tiling: Tiling, array: Any) -> Operand:
@@ -115,6 +116,13 @@ def _of_classes(tiling: Tiling, array: Any) -> Operand:
     return Operand(array, pl.BlockSpec(shape, lambda j, i: (_ZERO, j)))
 
 
+def _kernel_operand(tiling: Tiling, array: Any) -> Operand:
+    if not tiling.by_class:
+        return _of_classes(tiling, array)
+    shape = tiling.kernel_tile(array.shape[1])
+    return Operand(array, pl.BlockSpec(shape, lambda j, i: (j, _ZERO)))
+
+
 def _inputs(tiling: Tiling, head: LogitsOf, slopes: Slopes) -> dict[str, Operand]:
     # One array: numbers a row take as much memory as a register's lanes.
     numbers = jnp.concatenate([part for part in slopes if part is not None], 1)
@@ -122,7 +130,7 @@ def _inputs(tiling: Tiling, head: LogitsOf, slopes: Slopes) -> dict[str, Operand
         "hidden": _of_rows(tiling, head.hidden),
         "labels": _of_rows(tiling, head.labels),
         "numbers": _of_rows(tiling, numbers),
-        "kernel": _of_classes(tiling, head.kernel),
+        "kernel": _kernel_operand(tiling, head.kernel),
     }
     if head.offset is not None:
         inputs["offset"] = _of_classes(tiling, head.offset)
@@ -140,8 +148,10 @@ def _outputs(
     scratch: dict[str, Any] = {
         "slopes": pltpu.VMEM((tiling.rows, tiling.classes), dtype)
     }
+    of_kernel = _kernel_operand(tiling, head.kernel)
+    tile = tiling.kernel_tile(features)
     if head.kernel.dtype != dtype:
-        scratch["narrow"] = pltpu.VMEM((features, tiling.classes), dtype)
+        scratch["narrow"] = pltpu.VMEM(tile, dtype)
     if wanted.hidden:
         shape = jax.ShapeDtypeStruct((rows, features), jnp.float32)
         outputs["hidden_bar"] = Operand(shape, IN_MAIN_MEMORY)
@@ -150,12 +160,11 @@ def _outputs(
         scratch["reads"] = pltpu.SemaphoreType.DMA((2,))
         scratch["writes"] = pltpu.SemaphoreType.DMA((2,))
     if wanted.kernel:
-        outputs["kernel_bar"] = _of_classes(tiling, head.kernel)
+        outputs["kernel_bar"] = of_kernel
         if head.kernel.dtype != jnp.float32:
-            shape = features, tiling.classes
-            scratch["kernel_sum"] = pltpu.VMEM(shape, jnp.float32)
+            scratch["kernel_sum"] = pltpu.VMEM(tile, jnp.float32)
     if wanted.bias:
-        count = tiling.tiles(head.kernel.shape[1]) * tiling.classes
+        count = _grid(tiling, head)[0] * tiling.classes
         shape = jax.ShapeDtypeStruct((1, count), jnp.float32)
         outputs["bias_bar"] = _of_classes(tiling, shape)
     return outputs, scratch
@@ -170,7 +179,7 @@ def _cost(tiling: Tiling, wanted: Wanted, head: LogitsOf) -> pl.CostEstimate:
     products = 1 + wanted.hidden + wanted.kernel
     return pl.CostEstimate(
         flops=2 * products * rows * head.kernel.size,
-        transcendentals=rows * head.kernel.shape[1],
+        transcendentals=rows * head.kernel.size // features,
         bytes_accessed=tiles * of_rows + of_kernel,
     )
 
@@ -178,7 +187,7 @@ def _cost(tiling: Tiling, wanted: Wanted, head: LogitsOf) -> pl.CostEstimate:
 def _kernel(tiling: Tiling, grid: tuple[int, int], classes: int, refs: Any) -> None:
     """Makes the slopes of a tile and a block of rows, and what they add."""
     tile, block = pl.program_id(0), pl.program_id(1)
-    clear_behind(classes, refs.kernel)
+    clear_behind(classes, refs.kernel, 1 - tiling.by_class)
     kernel = refs.kernel
     if refs.narrow is not None:
         kernel = refs.narrow
@@ -194,7 +203,10 @@ def _kernel(tiling: Tiling, grid: tuple[int, int], classes: int, refs: Any) -> N
         sums.exchange()
     if refs.kernel_bar is not None:
         total_ref = refs.kernel_bar if refs.kernel_sum is None else refs.kernel_sum
-        total = product(refs.hidden[...], refs.slopes[...], (0, 0))
+        left, right = refs.hidden[...], refs.slopes[...]
+        if tiling.by_class:
+            left, right = right, left
+        total = product(left, right, (0, 0))
         total_ref[...] = total + jnp.where(block == 0, 0, total_ref[...])
         if refs.kernel_sum is not None:
             refs.kernel_bar[...] = total_ref[...].astype(refs.kernel_bar.dtype)
@@ -210,7 +222,7 @@ def _make_slopes(
         rows = pl.ds(start, tiling.row_chunk)
         numbers = refs.numbers[rows, :]
         pivot, factor, label = (numbers[:, k : k + 1] for k in range(3))
-        slope = jnp.exp(logits_of(refs, kernel, rows) - pivot) * factor
+        slope = jnp.exp(logits_of(tiling, refs, kernel, rows) - pivot) * factor
         if numbers.shape[1] == len(Slopes._fields):
             slope = less_uniform(refs, numbers[:, 3:4], slope)
         slope = jnp.where(is_label(tiling, refs, rows, tile), label, slope)
@@ -278,7 +290,8 @@ class _HiddenSum:
         for start in range(0, self._tiling.rows, self._tiling.row_chunk):
             rows = pl.ds(start, self._tiling.row_chunk)
             before = jnp.where(self._tile == 0, 0, refs.hidden_sum[slot, rows, :])
-            part = product(refs.slopes[rows, :], kernel[...], (1, 1))
+            contracted = 1, 1 - self._tiling.by_class
+            part = product(refs.slopes[rows, :], kernel[...], contracted)
             refs.hidden_sum[slot, rows, :] = before + part
         last = self._step == self._steps - 1
         copy = self._copy(self._block, slot, out=True)

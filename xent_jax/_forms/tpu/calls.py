@@ -58,10 +58,17 @@ def whole(array: Any) -> Operand:
     return Operand(array, spec)
 
 
-def tile_at(shape: tuple[int, int], when: str = "always") -> pl.BlockSpec:
+def tile_at(
+    shape: tuple[int, int], when: str = "always", axis: int = 1
+) -> pl.BlockSpec:
     """Returns where the block of a tile of classes is, but the first while not wanted.
 
     A block that stays the same from tile to tile is moved once, not for every tile.
+
+    Args:
+      shape: of a tile.
+      when: it is wanted.
+      axis: of the classes.
     """
     wanted = {
         "always": lambda place: 1,
@@ -69,6 +76,8 @@ def tile_at(shape: tuple[int, int], when: str = "always") -> pl.BlockSpec:
         "not last": lambda place: 1 - place[1],
         "last": lambda place: place[1],
     }[when]
+    if axis == 0:
+        return pl.BlockSpec(shape, lambda j, place: (j * wanted(place), _ZERO))
     return pl.BlockSpec(shape, lambda j, place: (_ZERO, j * wanted(place)))
 
 
@@ -114,7 +123,7 @@ def call(
         body(References(dict(zip(names, refs, strict=True))))
 
     like = inputs["hidden"].array
-    classes = inputs["kernel"].array.shape[1]
+    classes = tiling.sizes(inputs["kernel"].array)[1]
     if tiling.interpret and classes % tiling.classes:
         # JAX's interpreters return an output over a ragged input as they pad it. No
         # result depends on what is in an output before.

@@ -106,7 +106,7 @@ def _forward(
 ) -> dict[str, jax.Array]:
     """Returns the outputs by name, as of `forward`; `kept` only where one is given."""
     inputs, scratch = _block_operands(tiling, block), {}
-    features, classes = block.kernel.shape
+    classes = tiling.sizes(block.kernel)[1]
     shape = tiling.rows, -(-tiling.tiles(classes) // LANES) * LANES
     numbers = Operand(jax.ShapeDtypeStruct(shape, jnp.float32), column_at(tiling))
     outputs = {"pivot": numbers, "rivals": numbers, "label_logit": numbers}
@@ -118,7 +118,7 @@ def _forward(
         outputs["kept"] = Operand(kept, tile_at((tiling.rows, tiling.classes)))
         aliases["kept_before"] = "kept"
     if block.kernel.dtype != block.hidden.dtype:
-        shape = features, tiling.classes
+        shape = tiling.kernel_tile(block.hidden.shape[1])
         scratch["narrow"] = pltpu.VMEM(shape, block.hidden.dtype)
     return call(
         functools.partial(_forward_kernel, tiling, classes),
@@ -205,7 +205,7 @@ def _cost(
     of_kept: bool = True,
 ) -> pl.CostEstimate:
     """Returns the cost of so many matmuls that move so many bytes a number of them."""
-    features, classes = block.kernel.shape
+    features, classes = tiling.sizes(block.kernel)
     moved = (of_kernel * features + 2 * of_kept * tiling.rows) * classes
     return pl.CostEstimate(
         flops=2 * matmuls * tiling.rows * features * classes,
@@ -217,14 +217,14 @@ def _cost(
 def _forward_kernel(tiling: Tiling, classes: int, refs: Any) -> None:
     """Makes the logits of a tile, and all that is kept of them."""
     tile = pl.program_id(0)
-    clear_behind(classes, refs.kernel)
+    clear_behind(classes, refs.kernel, 1 - tiling.by_class)
     kernel = refs.kernel
     if refs.narrow is not None:
         kernel = refs.narrow
         kernel[...] = refs.kernel[...].astype(kernel.dtype)
     for start in range(0, tiling.rows, tiling.row_chunk):
         rows = pl.ds(start, tiling.row_chunk)
-        logits = logits_of(refs, kernel, rows)
+        logits = logits_of(tiling, refs, kernel, rows)
         hit = is_label(tiling, refs, rows, tile)
         rivals = jnp.where(hit, -jnp.inf, logits)
         pivot = jnp.maximum(jnp.max(rivals, axis=1, keepdims=True), LOWEST)
@@ -291,9 +291,11 @@ def _put(refs: Any, numbers: dict[str, jax.Array], rows: Any, tile: jax.Array) -
 def _block_operands(tiling: Tiling, block: LogitsOf) -> dict[str, Operand]:
     """Returns the operands of both kernels."""
     tile = 1, tiling.classes
+    shape = tiling.kernel_tile(block.hidden.shape[1])
+    of_kernel = tile_at(shape, axis=1 - tiling.by_class)
     operands = {
         "hidden": whole(block.hidden),
-        "kernel": Operand(block.kernel, tile_at((block.hidden.shape[1], tile[1]))),
+        "kernel": Operand(block.kernel, of_kernel),
         "labels": whole(block.labels),
     }
     if block.offset is not None:

@@ -35,6 +35,7 @@ def results(tiling: Tiling, kind: ClassIds, rows: Rows, layer: Layer) -> Results
         lambda array: varying(array, arguments), (rows, layer)
     )
     classes = classes_of(tiling, kind, layer)
+    kernel = layer.kernel.T if tiling.by_class else layer.kernel
     here = classes.places(alike_rows.target.own)
     blocks = -(-count // tiling.rows)
 
@@ -44,7 +45,7 @@ def results(tiling: Tiling, kind: ClassIds, rows: Rows, layer: Layer) -> Results
 
     def step(carry: None, block: tuple[jax.Array, jax.Array]) -> tuple[None, Any]:
         hidden, here = block
-        logits = LogitsOf(hidden, layer.kernel, here, classes.offset, classes.weights)
+        logits = LogitsOf(hidden, kernel, here, classes.offset, classes.weights)
         logits = jax.tree.map(lambda array: varying(array, hidden), logits)
         tiles = tile_sums(tiling, logits, uniform=kind.uniform)
         return carry, sums_of_tiles(tiling, classes, here, tiles)
@@ -88,7 +89,7 @@ def gradients(
     whole = -(-count // tiling.rows) * tiling.rows
     head = LogitsOf(
         _padded(rows.hidden, whole, 0),
-        layer.kernel,
+        layer.kernel.T if tiling.by_class else layer.kernel,
         _padded(classes.places(rows.target.own), whole, -1),
         classes.offset,
         classes.weights,
@@ -99,6 +100,8 @@ def gradients(
         lambda array: varying(array, (head, slopes)), (head, slopes)
     )
     hidden, kernel, bias = all_rows.gradients(tiling, wanted, head, slopes)
+    if kernel is not None and tiling.by_class:
+        kernel = kernel.T
     if hidden is not None:
         hidden = hidden[:count]
     if bias is not None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from xent_jax._forms.tpu.tiling import LANES, Tiling
+from xent_jax._forms.tpu.tiling import LANES, ROW_UNIT, Tiling
 
 
 class LogitsOf(NamedTuple):
@@ -19,15 +19,16 @@ class LogitsOf(NamedTuple):
     """
 
     hidden: jax.Array  # bfloat16[R, D]
-    kernel: jax.Array  # bfloat16[D, V]; of float32 where nothing is kept
+    kernel: jax.Array  # [D, V], or [V, D]; of bfloat16, or float32 if nothing is kept
     labels: jax.Array  # int32[R, 1], −1 where the label is no class here
     offset: jax.Array | None = None  # float32[1, V'], −inf for a dropped class
     weights: jax.Array | None = None  # float32[1, V'], 0 for a dropped class
 
 
-def logits_of(refs: Any, kernel: Any, rows: Any) -> jax.Array:
+def logits_of(tiling: Tiling, refs: Any, kernel: Any, rows: Any) -> jax.Array:
     """Returns the logits of some rows, with a tile of the kernel in 16 bits."""
-    logits = product(refs.hidden[rows, :], kernel[...], (1, 0))
+    contracted = 1, int(tiling.by_class)
+    logits = product(refs.hidden[rows, :], kernel[...], contracted)
     return logits if refs.offset is None else logits + refs.offset[...]
 
 
@@ -68,26 +69,36 @@ def is_label(tiling: Tiling, refs: Any, rows: Any, tile: jax.Array) -> jax.Array
     return lanes((tiling.row_chunk, tiling.classes)) == labels
 
 
-def clear_behind(classes: int, ref: Any) -> None:
+def clear_behind(classes: int, ref: Any, axis: int = 1) -> None:
     """Sets what lies behind the last class to 0, in the last tile.
 
     It is not read from main memory, so that anything may stand there, and a product
     adds it up, if only with factors of 0.
+
+    Args:
+      classes: V.
+      ref: a tile.
+      axis: of the classes.
     """
-    count = ref.shape[1]
+    count, unit = ref.shape[axis], (ROW_UNIT, LANES)[axis]
     inside = classes % count
     if inside == 0:
         return
 
+    def part(start: int, size: int) -> tuple[slice, ...]:
+        here = slice(start, start + size)
+        return (slice(None), here) if axis else (here, slice(None))
+
     @pl.when(pl.program_id(0) == pl.num_programs(0) - 1)
     def _() -> None:
-        whole = inside // LANES * LANES
+        whole = inside // unit * unit
         if inside > whole:
             # In float32, because not every chip selects half-precision numbers.
-            last = ref[:, whole : whole + LANES].astype(jnp.float32)
-            last = jnp.where(lanes(last.shape) < inside - whole, last, 0)
-            ref[:, whole : whole + LANES] = last.astype(ref.dtype)
-            whole += LANES
+            last = ref[part(whole, unit)].astype(jnp.float32)
+            place = jax.lax.broadcasted_iota(jnp.int32, last.shape, axis)
+            last = jnp.where(place < inside - whole, last, 0)
+            ref[part(whole, unit)] = last.astype(ref.dtype)
+            whole += unit
         if whole < count:
-            shape = ref.shape[0], count - whole
-            ref[:, whole:] = jnp.zeros(shape, ref.dtype)
+            rest = part(whole, count - whole)
+            ref[rest] = jnp.zeros_like(ref[rest])

@@ -19,10 +19,19 @@ class Tiling(NamedTuple):
     classes: int  # of a tile
     memory: int  # bytes of vector memory that the compiler may use
     interpret: Any = False  # as `pallas_call` takes it
+    by_class: bool = False  # whether the kernel and its gradient come as [V, D]
 
     def tiles(self, classes: int) -> int:
         """Returns T, the number of tiles of V classes."""
         return -(-classes // self.classes)
+
+    def sizes(self, kernel: Any) -> tuple[int, int]:
+        """Returns D and V of a kernel, or of a tile."""
+        return kernel.shape[::-1] if self.by_class else kernel.shape
+
+    def kernel_tile(self, features: int) -> tuple[int, int]:
+        """Returns the shape of a tile of the kernel."""
+        return (self.classes, features) if self.by_class else (features, self.classes)
 
     def class_row(self, row: jax.Array, fill: float) -> jax.Array:
         """Returns [1, V] numbers with `fill` up to whole tiles, [1, V']."""
@@ -57,8 +66,10 @@ _ROW_CHUNK = 512
 _TILE_CLASSES = 1024, 768, 512, 256
 # Where all rows go over a tile, every tile reads and writes what all rows add up.
 _WIDE_TILES = 2048, 1536, *_TILE_CLASSES
+# More take longer to compile than they save: 1 % of the time.
+_MOST_INNER_ROWS = 1024
 # Half-precision numbers lie in registers in pairs of 8 rows.
-_ROW_UNIT = 16
+ROW_UNIT = 16
 # Where traffic takes more than so many times the matmuls' time, XLA's loop over blocks
 # of classes is predicted to be faster.
 _MOST_TRAFFIC = 1.75
@@ -127,7 +138,8 @@ def tiling_of_results(
         moved = itemsize / (2 * size.rows) * ridge
         return max(moved, size.whole * (1 + 32 / size.classes))
 
-    return _best((rows, features, classes), chip, _TILE_CLASSES, needed, cost)
+    best = _best((rows, features, classes), chip, _TILE_CLASSES, needed, cost)
+    return _as_it_lies(classes, best)
 
 
 def tiling_of_gradients(
@@ -153,6 +165,8 @@ def tiling_of_gradients(
         writes the sum of the features' gradient; all that of one block stays. The
         kernel is read, and its gradient written, once.
         """
+        if size.rows > _MOST_INNER_ROWS:
+            return math.inf
         moved = (10 * features + 8 * LANES) / (6 * features * size.classes) * ridge
         if size.rows >= rows:
             moved = 0
@@ -161,7 +175,19 @@ def tiling_of_gradients(
         moved += 2 * itemsize / (6 * rows) * ridge
         return max(moved, size.whole * (1 + 16 / size.rows))
 
-    return _best((rows, features, classes), chip, _WIDE_TILES, needed, cost)
+    best = _best((rows, features, classes), chip, _WIDE_TILES, needed, cost)
+    return _as_it_lies(classes, best)
+
+
+def _as_it_lies(classes: int, tiling: Tiling | None) -> Tiling | None:
+    """Returns a tiling for the kernel as XLA keeps it in main memory.
+
+    Where V is no whole number of lanes, the features are side by side there: the other
+    way would take more memory. A kernel that is asked for as [D, V] would be copied.
+    """
+    if tiling is None or classes % LANES == 0:
+        return tiling
+    return tiling._replace(by_class=True)
 
 
 def _best(
@@ -208,5 +234,5 @@ def _rows(rows: int, most: int) -> tuple[int, int]:
     blocks = -(-rows // most)
     size = -(-rows // blocks)
     chunks = -(-size // _ROW_CHUNK)
-    chunk = -(-size // (chunks * _ROW_UNIT)) * _ROW_UNIT
+    chunk = -(-size // (chunks * ROW_UNIT)) * ROW_UNIT
     return chunks * chunk, chunk
