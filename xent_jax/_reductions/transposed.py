@@ -49,10 +49,10 @@ def transposed_by_place(
             found = at(place)
             if found is None:
                 return None
-            return lambda *leaves: jax.tree.leaves(
+            return lambda known, bars: jax.tree.leaves(
                 found(
-                    jax.tree.unflatten(structure, leaves[:count]),
-                    jax.tree.unflatten(results, leaves[count:]),
+                    jax.tree.unflatten(structure, known),
+                    jax.tree.unflatten(results, bars),
                 )
             )
 
@@ -82,21 +82,16 @@ def _transpose(
     known = [o for o, moves in zip(operands, moving, strict=True) if not moves]
     avals = [o.aval for o, moves in zip(operands, moving, strict=True) if moves]
 
-    def default(*operands: Any) -> Any:
-        known, bars = operands[: len(moving) - len(avals)], operands[-len(bars_) :]
-
+    def transpose(known: list[Any], bars: list[Any]) -> Any:
         def linear(*dots: Any) -> Any:
-            dots_, known_ = iter(dots), iter(known)
-            return jaxpr_as_fun(jaxpr)(
-                *(next(dots_ if moves else known_) for moves in moving)
-            )
+            parts = {True: iter(dots), False: iter(known)}
+            return jaxpr_as_fun(jaxpr)(*(next(parts[moves]) for moves in moving))
 
-        return jax.linear_transpose(linear, *avals)(list(bars))
+        return jax.linear_transpose(linear, *avals)(bars)
 
-    bars_ = [ad.instantiate_zeros(bar) for bar in bars]
     if moving == [place >= count for place in range(len(moving))]:
-        default = by_place(default, at, maps=False)
-    found = iter(default(*known, *bars_))
+        transpose = by_place(transpose, at, maps=False)
+    found = iter(transpose(known, list(map(ad.instantiate_zeros, bars))))
     return [next(found) if moves else None for moves in moving]
 
 

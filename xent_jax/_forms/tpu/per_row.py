@@ -12,7 +12,7 @@ from xent_jax._forms.loops import loop, varying
 from xent_jax._forms.tpu import all_rows
 from xent_jax._forms.tpu.all_rows import Slopes, Wanted
 from xent_jax._forms.tpu.block import slopes_of, sums_of_tiles
-from xent_jax._forms.tpu.classes import classes_of
+from xent_jax._forms.tpu.classes import Classes, classes_of
 from xent_jax._forms.tpu.kernels import tile_sums
 from xent_jax._forms.tpu.tile import LogitsOf
 from xent_jax._forms.tpu.tiling import Tiling
@@ -75,17 +75,9 @@ def gradients(
       constants: N rows, their features 0 where dropped; the layer; the rows' results.
       bars: what the results' derivatives are multiplied by, [N, 1].
     """
-    rows, layer, results = constants
-    classes = classes_of(tiling, kind, layer)
-    factors = results._replace(
-        loss=bars.loss, log_normalizer=bars.log_normalizer, uniform=bars.uniform
-    )
-    pivot = results.statistics.pivot
-    slopes = slopes_of(kind, classes, rows, results, factors, pivot)
-    if rows.keep is not None:
-        # So that no exponential of a bias overflows.
-        pivot = jnp.where(rows.keep, pivot, _LARGEST)
+    rows, layer, _ = constants
     count = rows.hidden.shape[0]
+    classes = classes_of(tiling, kind, layer)
     whole = -(-count // tiling.rows) * tiling.rows
     head = LogitsOf(
         _padded(rows.hidden, whole, 0),
@@ -94,8 +86,7 @@ def gradients(
         classes.offset,
         classes.weights,
     )
-    slopes = jax.tree.map(lambda array: _padded(array, whole, 0), slopes)
-    slopes = Slopes(_padded(pivot, whole, _LARGEST), *slopes)
+    slopes = _slopes(kind, classes, constants, bars, whole)
     head, slopes = jax.tree.map(
         lambda array: varying(array, (head, slopes)), (head, slopes)
     )
@@ -113,6 +104,27 @@ def gradients(
         class_weights=None,
     )
     return (hidden, LogitOptions()), layer
+
+
+def _slopes(
+    kind: ClassIds,
+    classes: Classes,
+    constants: tuple[Rows, Layer, Results],
+    bars: Dots,
+    count: int,
+) -> Slopes:
+    """Returns the slopes of rows, and of others up to a count, which have none."""
+    rows, _, results = constants
+    factors = results._replace(
+        loss=bars.loss, log_normalizer=bars.log_normalizer, uniform=bars.uniform
+    )
+    pivot = results.statistics.pivot
+    slopes = slopes_of(kind, classes, rows, results, factors, pivot)
+    if rows.keep is not None:
+        # So that no exponential of a bias overflows.
+        pivot = jnp.where(rows.keep, pivot, _LARGEST)
+    slopes = jax.tree.map(lambda array: _padded(array, count, 0), slopes)
+    return Slopes(_padded(pivot, count, _LARGEST), *slopes)
 
 
 def _padded(array: jax.Array, count: int, fill: float) -> jax.Array:
