@@ -19,7 +19,7 @@ from registry import NO_KERNEL
 
 from xent_jax._forms import row_blocks
 from xent_jax._forms.tpu import choice, total
-from xent_jax._forms.tpu.tiling import Tiling, tiling_of
+from xent_jax._forms.tpu.tiling import Tiling, tiling_of_sum
 
 pytestmark = [pytest.mark.once, pytest.mark.usefixtures("unoptimized")]
 LARGE = pytest.mark.exhaustive
@@ -64,7 +64,7 @@ def use(monkeypatch):
             programs.append(arguments)
             return tiling
 
-        monkeypatch.setattr(choice, "tiling_of", sizes)
+        monkeypatch.setattr(choice, "tiling_of_sum", sizes)
         return programs
 
     return with_tiling
@@ -331,7 +331,7 @@ def test_transformations_take_the_other_form(use, rng):
 @pytest.mark.parametrize("chip", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"])
 def test_sizes_of_tiles(chip, itemsize):
     for rows, features, classes in [(1, 128, 1), (8519, 768, 50257), (40, 2048, 9000)]:
-        tiling = tiling_of(rows, features, classes, chip, itemsize)
+        tiling = tiling_of_sum(rows, features, classes, chip, itemsize)
         blocks = -(-rows // tiling.rows)
         assert tiling.rows % tiling.row_chunk == 0
         assert blocks * tiling.rows - rows < 16 * blocks * (1 + tiling.rows // 512)
@@ -349,4 +349,4 @@ def test_sizes_of_tiles(chip, itemsize):
     ids=str,
 )
 def test_what_does_not_fit(sizes, chip):
-    assert tiling_of(*sizes, chip) is None
+    assert tiling_of_sum(*sizes, chip) is None

@@ -57,16 +57,6 @@ def test_predicted_time_and_memory_of_a_language_model(chip, kernel, most):
     assert prediction.temp_bytes <= 1150 * MEBIBYTE
 
 
-# Four matmuls are 1.33 of the unit.
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(("chip", "most"), [("v5e", 1.47), ("v6e", 2.05)])
-def test_predicted_time_and_memory_of_a_loss_a_row(chip, most):
-    prediction = predict(chip, "rows")
-    assert 3.99 <= prediction.products <= 4.05
-    assert 4 / 3 <= prediction.ratio <= most
-    assert prediction.temp_bytes <= 70 * MEBIBYTE
-
-
 @pytest.mark.parametrize("chip", shortened(WIDE, kept=["v6e"]))
 def test_all_options_fit(chip):
     compiled = compiled_for(chip, EVERY, WIDE[chip], kernel_dtype="float32")

@@ -13,8 +13,11 @@ import jax.numpy as jnp
 from xent_jax._arguments.options import changed
 from xent_jax._forms.head import Layer, Rows, kept_hidden, product, target_of
 from xent_jax._forms.loops import loop, varying, zeros
+from xent_jax._forms.tpu import choice
+from xent_jax._reductions.lowering import Place, by_place
 from xent_jax._reductions.precision import accumulation_dtype
 from xent_jax._reductions.tangents import tangent_of
+from xent_jax._reductions.transposed import transposed_by_place
 from xent_jax._targets.block import Block
 from xent_jax._targets.rivals import Labels
 
@@ -54,6 +57,18 @@ class ClassBlocks(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _results(form: ClassBlocks, rows: Rows, layer: Layer) -> Any:
+    blocks = functools.partial(_results_of_blocks, form)
+    if not choice.are_for_rows(form.kind, rows, layer):
+        return blocks(rows, layer)
+    shapes = jax.eval_shape(lambda: (rows, layer))
+
+    def kernels_at(place: Place) -> Any:
+        return choice.results_at(place, form.kind, *shapes)
+
+    return by_place(blocks, kernels_at, maps=False)(rows, layer)
+
+
+def _results_of_blocks(form: ClassBlocks, rows: Rows, layer: Layer) -> Any:
     kind = form.kind
     kept = rows._replace(hidden=kept_hidden(rows))
 
@@ -172,6 +187,27 @@ def _tangents(
         lambda array: varying(array, arguments), arguments
     )
 
+    constants, dots = (rows, layer, results), (moving, layer_dot)
+    blocks = functools.partial(_tangents_of_blocks, form)
+    if choice.are_for_tangents(form.kind, constants, dots):
+        shapes = jax.eval_shape(lambda: (constants, dots))
+
+        def transpose_at(place: Place) -> Any:
+            return choice.transpose_at(place, form.kind, *shapes)
+
+        blocks = transposed_by_place(blocks, transpose_at)
+    return form.kind.classes.total(blocks(constants, dots))
+
+
+def _tangents_of_blocks(form: ClassBlocks, constants: Any, dots: Any) -> Any:
+    """Returns the tangents of the results by the classes here.
+
+    Args:
+      form: static.
+      constants: rows, layer and results.
+      dots: tangents of the features and options of the rows, and of the layer.
+    """
+    rows, layer, results = constants
     first = form.kind.classes.first(layer.kernel.shape[1])
 
     def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
@@ -194,9 +230,8 @@ def _tangents(
     step = jax.checkpoint(step, prevent_cse=False)
     # The tangents are carried along: jax 0.7.2 does not transpose a scan whose rule
     # was written by hand and that has them as constants.
-    start = nothing, (moving, layer_dot)
-    (total, _), _ = jax.lax.scan(step, start, _indices(form, layer))
-    return form.kind.classes.total(total)
+    (total, _), _ = jax.lax.scan(step, (nothing, dots), _indices(form, layer))
+    return total
 
 
 def _logits_dot(

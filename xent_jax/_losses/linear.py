@@ -72,16 +72,18 @@ def linear_softmax_cross_entropy(
     rounded to the dtype of `hidden` before, except on a CPU, where its backward matmuls
     are of float32.
 
-    On a TPU v5e, v5p, v6e or 7x, value and gradient of a mean or sum are made by two
-    kernels written in Pallas, which keep logits in vector memory. They are for features
-    of bfloat16 whose number is a multiple of 128, a kernel of bfloat16 or float32,
-    gradients by both, none by `class_weights`, one label a row, no `softcap`, no
-    `temperature` and no statistics; in a program for one device, or inside a
-    `jax.shard_map` over all axes of the mesh. All else is done by XLA, as it is on
-    other chips, under `jax.vmap`, in exported programs and for forward mode and higher
-    derivatives. The kernels choose their blocks themselves, and round gradients to the
-    dtypes of `hidden` and `kernel` before these are multiplied by the derivative of
-    what is made of the loss. The environment variable
+    On a TPU v5e, v5p, v6e or 7x, value and gradient are made by kernels written in
+    Pallas, which keep logits in vector memory. They are for features of bfloat16 whose
+    number is a multiple of 128, a kernel of bfloat16 or float32, gradients by both (in
+    the second form, by one of them or more), none by `class_weights`, one label a row,
+    no `softcap`, no `temperature` and no statistics; in a program for one device, or
+    inside a `jax.shard_map` over all axes of the mesh. All else is done by XLA, as it
+    is on other chips, under `jax.vmap`, in exported programs and for forward mode and
+    higher derivatives. The kernels choose their blocks themselves. In the first form
+    they round gradients to the dtypes of `hidden` and `kernel` before these are
+    multiplied by the derivative of what is made of the loss; in the second, which adds
+    the kernel's gradient up in vector memory, nothing is rounded but the slope of every
+    logit, once, and the result. The environment variable
     `XENT_JAX_TPU_KERNELS=0`, set before a program is compiled, turns them off.
 
     In training loops:

@@ -70,7 +70,8 @@ def by_place(
         nothing is lowered, and on an axis of an Explicit mesh.
       at: returns the same function, written in another way, for a place, or `None` for
         `default`. It closes over no traced array.
-      maps: whether `jax.vmap` may be taken of it. If not, what is mapped is `default`.
+      maps: whether `jax.vmap` may be taken of it. If not, what is mapped is `default`,
+        and so is what is differentiated, value and derivative at once.
     """
 
     @functools.wraps(default)
@@ -149,11 +150,13 @@ def _batch(
 
 
 def _differentiate(
-    primals: Any, tangents: Any, *, jaxpr: ClosedJaxpr, **options: Any
+    primals: Any, tangents: Any, *, jaxpr: ClosedJaxpr, at: Choose, maps: bool
 ) -> tuple[Any, Any]:
     tangents = tuple(map(ad.instantiate_zeros, tangents))
-    _, dots = jax.jvp(jaxpr_as_fun(jaxpr), tuple(primals), tangents)
-    return _choice.bind(*primals, jaxpr=jaxpr, **options), dots
+    results, dots = jax.jvp(jaxpr_as_fun(jaxpr), tuple(primals), tangents)
+    if maps:
+        results = _choice.bind(*primals, jaxpr=jaxpr, at=at, maps=maps)
+    return results, dots
 
 
 _choice.def_impl(lambda *operands, jaxpr, **_: jaxpr_as_fun(jaxpr)(*operands))

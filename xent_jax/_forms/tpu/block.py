@@ -11,21 +11,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from xent_jax._forms.head import Rows
 from xent_jax._forms.loops import varying
 from xent_jax._forms.row_gradients import total_and_factors
 from xent_jax._forms.splitting import RowBlock
+from xent_jax._forms.tpu.classes import Classes, numbers_at
 from xent_jax._forms.tpu.kernels import (
     LOWEST,
     KernelSum,
-    LogitsOf,
     RowSlopes,
     Tiles,
     backward,
     forward,
 )
+from xent_jax._forms.tpu.tile import LogitsOf
 from xent_jax._forms.tpu.tiling import Tiling
 from xent_jax._targets.block import Block, zero_in_dropped_rows
-from xent_jax._targets.class_ids import ClassIds, Coefficients
+from xent_jax._targets.class_ids import ClassIds, Coefficients, Results
 from xent_jax._targets.rivals import Sums, UniformSums, relative_to
 
 
@@ -36,25 +38,6 @@ class Plan(NamedTuple):
     kind: ClassIds
     bias: bool  # whether the gradient by the bias is wanted
     narrow: bool  # whether the kernel's gradient leaves in 16 bits
-
-
-class UniformWeights(NamedTuple):
-    """The weights of uniform targets, 0 where a class does not count."""
-
-    classes: jax.Array  # float32[V]
-    others: jax.Array  # float32[V'], of the other classes in a tile
-    tiles: jax.Array  # float32[T], of all classes in a tile
-
-
-class Classes(NamedTuple):
-    """What all blocks take of the layer; `None` for what is not used."""
-
-    kernel: jax.Array  # bfloat16[D, V]
-    first: jax.Array | int  # the id of the first class here
-    offset: jax.Array | None  # as of `LogitsOf`
-    weights: jax.Array | None  # as of `LogitsOf`
-    kept: jax.Array | None  # bool[V]
-    uniform: UniformWeights | None
 
 
 class Memory(NamedTuple):
@@ -94,9 +77,8 @@ def block_gradients(
       place: as of `backward`.
       memory: as the block before left it.
     """
-    rows, count = part.rows, classes.kernel.shape[1]
-    here = rows.target.own - classes.first
-    here = jnp.where((here >= 0) & (here < count), here, -1)
+    rows = part.rows
+    here = classes.places(rows.target.own)
 
     def in_kernel(array: jax.Array) -> jax.Array:
         # A kernel takes no arrays of which only some vary over a mesh axis.
@@ -140,11 +122,31 @@ def _between(
       tiles: as `forward` returned them.
     """
     kind, (rows, coefficients, _) = plan.kind, part
-    count = plan.tiling.tiles(classes.kernel.shape[1])
-    numbers = jax.tree.map(lambda array: array[:, :count], tiles)
-    sums = _sums(numbers, plan.tiling.classes, here, classes.uniform)
+    sums = sums_of_tiles(plan.tiling, classes, here, tiles)
     results = kind.results(kind.over_shards(sums), rows.target, rows.keep)
     loss, factors, coefficients_bar = total_and_factors(results, coefficients)
+    slopes = slopes_of(kind, classes, rows, results, factors, tiles.pivot)
+    return loss, slopes, coefficients_bar
+
+
+def slopes_of(
+    kind: ClassIds,
+    classes: Classes,
+    rows: Rows,
+    results: Results,
+    factors: Results,
+    pivot: jax.Array,
+) -> RowSlopes:
+    """Returns the slopes of rows, those of rivals for exponentials relative to a pivot.
+
+    Args:
+      kind: static.
+      classes: of the layer.
+      rows: R of them.
+      results: of the rows.
+      factors: of the results' slopes, `None` for 0.
+      pivot: [R, any]; the slope of a rival as large is what exponentials are times.
+    """
 
     def slope(
         logits: jax.Array, ids: jax.Array, kept: jax.Array | None, weight: Any
@@ -152,36 +154,41 @@ def _between(
         block = Block(logits, ids, kept, rows.keep, weight)
         return kind.slope(block, rows.target, results, factors)
 
+    here = classes.places(rows.target.own)
     kept = rival_weight = weight = uniform = None
     if classes.kept is not None:
-        kept = _at(classes.kept, here)
+        kept = numbers_at(classes.kept, here)
     if classes.uniform is not None and factors.uniform is not None:
-        # The second kernel subtracts the weights of rivals, which it knows.
+        # The kernel subtracts the weights of rivals, which it knows.
         rival_weight = jnp.zeros((1, 1), jnp.float32)
-        weight = _at(classes.uniform.classes, here)
+        weight = numbers_at(classes.uniform.classes, here)
         uniform = zero_in_dropped_rows(factors.uniform, rows.keep)
-    rival = slope(tiles.pivot, jnp.full((1, 1), -2, jnp.int32), None, rival_weight)
+    rival = slope(pivot, jnp.full((1, 1), -2, jnp.int32), None, rival_weight)
     label = slope(results.loss, rows.target.own, kept, weight)
-    return loss, RowSlopes(rival, label, uniform), coefficients_bar
+    return RowSlopes(rival, label, uniform)
 
 
-def _sums(
-    tiles: Tiles, tile_classes: int, here: jax.Array, uniform: UniformWeights | None
+def sums_of_tiles(
+    tiling: Tiling, classes: Classes, here: jax.Array, tiles: Tiles
 ) -> Sums:
     """Returns the sums of a block of rows over the classes here.
 
     Args:
-      tiles: [R, T].
-      tile_classes: how many classes a tile has.
+      tiling: static.
+      classes: of the layer.
       here: as of `_between`.
-      uniform: weights of the classes here.
+      tiles: as `forward` returned them.
     """
+    count, uniform = tiling.tiles(classes.kernel.shape[1]), classes.uniform
+    tiles = jax.tree.map(lambda array: array[:, :count], tiles)
     weights = None
     if tiles.distance is not None and uniform is not None:
         number = jnp.arange(uniform.tiles.size, dtype=jnp.int32)[None]
-        own_tile = number == jnp.where(here < 0, -1, here // tile_classes)
-        others = jnp.where(own_tile, _at(uniform.others, here), uniform.tiles[None])
-        weights = UniformSums(tiles.distance, others, _at(uniform.classes, here))
+        own_tile = number == jnp.where(here < 0, -1, here // tiling.classes)
+        others = jnp.where(
+            own_tile, numbers_at(uniform.others, here), uniform.tiles[None]
+        )
+        weights = UniformSums(tiles.distance, others, numbers_at(uniform.classes, here))
     best_rival = jnp.where(tiles.pivot == LOWEST, -jnp.inf, tiles.pivot)
     largest = jnp.max(best_rival, axis=1, keepdims=True)
     sums = Sums(
@@ -192,9 +199,3 @@ def _sums(
         relative_to(largest, sums),
     )
     return sums._replace(best_rival=largest)
-
-
-def _at(numbers: jax.Array, here: jax.Array) -> jax.Array:
-    """Returns the number of each row's label, 0 where it is not here, [R, 1]."""
-    found = numbers[jnp.maximum(here, 0)]
-    return jnp.where(here < 0, jnp.zeros_like(found), found)

@@ -42,7 +42,7 @@ def uninitialized(
     """
     return pl.pallas_call(
         lambda out_ref: None,
-        out_shape=_shape_like(jax.ShapeDtypeStruct(shape, dtype), reference),
+        out_shape=shape_like(jax.ShapeDtypeStruct(shape, dtype), reference),
         out_specs=IN_MAIN_MEMORY,
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=0),
         interpret=tiling.interpret,
@@ -58,10 +58,17 @@ def whole(array: Any) -> Operand:
     return Operand(array, spec)
 
 
-def tile_at(shape: tuple[int, int], when: str = "always") -> pl.BlockSpec:
+def tile_at(
+    shape: tuple[int, int], when: str = "always", axis: int = 1
+) -> pl.BlockSpec:
     """Returns where the block of a tile of classes is, but the first while not wanted.
 
     A block that stays the same from tile to tile is moved once, not for every tile.
+
+    Args:
+      shape: of a tile.
+      when: it is wanted.
+      axis: of the classes.
     """
     wanted = {
         "always": lambda place: 1,
@@ -69,6 +76,8 @@ def tile_at(shape: tuple[int, int], when: str = "always") -> pl.BlockSpec:
         "not last": lambda place: 1 - place[1],
         "last": lambda place: place[1],
     }[when]
+    if axis == 0:
+        return pl.BlockSpec(shape, lambda j, place: (j * wanted(place), _ZERO))
     return pl.BlockSpec(shape, lambda j, place: (_ZERO, j * wanted(place)))
 
 
@@ -77,7 +86,7 @@ def column_at(tiling: Tiling) -> pl.BlockSpec:
     return pl.BlockSpec((tiling.rows, LANES), lambda j, place: (_ZERO, j // LANES))
 
 
-def _shape_like(array: Any, reference: jax.Array) -> jax.ShapeDtypeStruct:
+def shape_like(array: Any, reference: jax.Array) -> jax.ShapeDtypeStruct:
     """Returns the shape of an output that varies over a mesh as `reference` does."""
     kind, options = jax.typeof(reference), {}
     if hasattr(kind, "manual_axis_type"):
@@ -114,7 +123,7 @@ def call(
         body(References(dict(zip(names, refs, strict=True))))
 
     like = inputs["hidden"].array
-    classes = inputs["kernel"].array.shape[1]
+    classes = tiling.sizes(inputs["kernel"].array)[1]
     if tiling.interpret and classes % tiling.classes:
         # JAX's interpreters return an output over a ragged input as they pad it. No
         # result depends on what is in an output before.
@@ -128,7 +137,7 @@ def call(
             out_specs=[operand.spec for operand in outputs.values()],
             scratch_shapes=list(scratch.values()),
         ),
-        out_shape=[_shape_like(o.array, like) for o in outputs.values()],
+        out_shape=[shape_like(o.array, like) for o in outputs.values()],
         input_output_aliases={
             names.index(source): list(outputs).index(target)
             for source, target in aliases.items()

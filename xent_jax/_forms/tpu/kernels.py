@@ -29,26 +29,20 @@ from xent_jax._forms.tpu.calls import (
     tile_at,
     whole,
 )
+from xent_jax._forms.tpu.tile import (
+    LogitsOf,
+    clear_behind,
+    is_label,
+    lanes,
+    less_uniform,
+    logits_of,
+    product,
+    row_sum,
+)
 from xent_jax._forms.tpu.tiling import LANES, Tiling
 
 # The pivot of a tile without a rival: finite, so that −inf minus it is −inf.
 LOWEST = float(np.finfo(np.float32).min)
-
-
-class LogitsOf(NamedTuple):
-    """What makes the logits of R rows; `None` where not used.
-
-        x[n, j] = hidden[n]·kernel[:, j] + offset[j]
-
-    Where V is no whole number of tiles, `offset` is asked for, and −inf behind V; and
-    for uniform targets `weights`, which are 0 there.
-    """
-
-    hidden: jax.Array  # bfloat16[R, D]
-    kernel: jax.Array  # bfloat16[D, V]
-    labels: jax.Array  # int32[R, 1], −1 where the label is no class here
-    offset: jax.Array | None = None  # float32[1, V'], −inf for a dropped class
-    weights: jax.Array | None = None  # float32[1, V'], 0 for a dropped class
 
 
 class Tiles(NamedTuple):
@@ -89,35 +83,52 @@ def forward(
       kept: bfloat16[≥ R, V], of which the first R rows are written over, in place.
       uniform: whether the sums for uniform targets are wanted.
     """
-    inputs = _block_operands(tiling, block)
-    inputs["kept_before"] = Operand(kept, IN_MAIN_MEMORY)
-    tiles = tiling.tiles(block.kernel.shape[1])
-    shape = tiling.rows, -(-tiles // LANES) * LANES
-    numbers = Operand(jax.ShapeDtypeStruct(shape, jnp.float32), column_at(tiling))
-    outputs = {
-        "kept": Operand(kept, tile_at((tiling.rows, tiling.classes))),
-        "pivot": numbers,
-        "rivals": numbers,
-        "label_logit": numbers,
-    }
-    if uniform:
-        outputs["distance"] = numbers
-    results = call(
-        functools.partial(_forward_kernel, tiling, block.kernel.shape[1]),
-        tiling,
-        varying(jnp.zeros(2, jnp.int32), block.hidden),
-        (inputs, outputs, {}),
-        {"kept_before": "kept"},
-        _cost(tiling, block, matmuls=1, of_kernel=2),
-        "xent_forward",
-    )
-    tiles = Tiles(
+    results = _forward(tiling, block, kept, uniform)
+    return results["kept"], _tiles_of(results)
+
+
+def tile_sums(tiling: Tiling, block: LogitsOf, *, uniform: bool) -> Tiles:
+    """Returns the sums alone, as of `forward`."""
+    return _tiles_of(_forward(tiling, block, None, uniform))
+
+
+def _tiles_of(results: dict[str, jax.Array]) -> Tiles:
+    return Tiles(
         results["pivot"],
         results["rivals"],
         results["label_logit"],
         results.get("distance"),
     )
-    return results["kept"], tiles
+
+
+def _forward(
+    tiling: Tiling, block: LogitsOf, kept: jax.Array | None, uniform: bool
+) -> dict[str, jax.Array]:
+    """Returns the outputs by name, as of `forward`; `kept` only where one is given."""
+    inputs, scratch = _block_operands(tiling, block), {}
+    classes = tiling.sizes(block.kernel)[1]
+    shape = tiling.rows, -(-tiling.tiles(classes) // LANES) * LANES
+    numbers = Operand(jax.ShapeDtypeStruct(shape, jnp.float32), column_at(tiling))
+    outputs = {"pivot": numbers, "rivals": numbers, "label_logit": numbers}
+    aliases, of_kernel = {}, block.kernel.dtype.itemsize
+    if uniform:
+        outputs["distance"] = numbers
+    if kept is not None:
+        inputs["kept_before"] = Operand(kept, IN_MAIN_MEMORY)
+        outputs["kept"] = Operand(kept, tile_at((tiling.rows, tiling.classes)))
+        aliases["kept_before"] = "kept"
+    if block.kernel.dtype != block.hidden.dtype:
+        shape = tiling.kernel_tile(block.hidden.shape[1])
+        scratch["narrow"] = pltpu.VMEM(shape, block.hidden.dtype)
+    return call(
+        functools.partial(_forward_kernel, tiling, classes),
+        tiling,
+        varying(jnp.zeros(2, jnp.int32), block.hidden),
+        (inputs, outputs, scratch),
+        aliases,
+        _cost(tiling, block, matmuls=1, of_kernel=of_kernel, of_kept=kept is not None),
+        "xent_forward",
+    )
 
 
 def backward(
@@ -186,11 +197,16 @@ def backward(
 
 
 def _cost(
-    tiling: Tiling, block: LogitsOf, matmuls: int, of_kernel: int
+    tiling: Tiling,
+    block: LogitsOf,
+    matmuls: int,
+    of_kernel: int,
+    *,
+    of_kept: bool = True,
 ) -> pl.CostEstimate:
     """Returns the cost of so many matmuls that move so many bytes a number of them."""
-    features, classes = block.kernel.shape
-    moved = (of_kernel * features + 2 * tiling.rows) * classes
+    features, classes = tiling.sizes(block.kernel)
+    moved = (of_kernel * features + 2 * of_kept * tiling.rows) * classes
     return pl.CostEstimate(
         flops=2 * matmuls * tiling.rows * features * classes,
         transcendentals=tiling.rows * classes if matmuls == 1 else 0,
@@ -201,21 +217,24 @@ def _cost(
 def _forward_kernel(tiling: Tiling, classes: int, refs: Any) -> None:
     """Makes the logits of a tile, and all that is kept of them."""
     tile = pl.program_id(0)
-    _clear_behind(classes, refs.kernel)
+    clear_behind(classes, refs.kernel, 1 - tiling.by_class)
+    kernel = refs.kernel
+    if refs.narrow is not None:
+        kernel = refs.narrow
+        kernel[...] = refs.kernel[...].astype(kernel.dtype)
     for start in range(0, tiling.rows, tiling.row_chunk):
         rows = pl.ds(start, tiling.row_chunk)
-        logits = _product(refs.hidden[rows, :], refs.kernel[...], (1, 0))
-        if refs.offset is not None:
-            logits = logits + refs.offset[...]
-        hit = _hit(tiling, refs, rows, tile)
+        logits = logits_of(tiling, refs, kernel, rows)
+        hit = is_label(tiling, refs, rows, tile)
         rivals = jnp.where(hit, -jnp.inf, logits)
         pivot = jnp.maximum(jnp.max(rivals, axis=1, keepdims=True), LOWEST)
         power = jnp.exp(rivals - pivot)
-        refs.kept[rows, :] = power.astype(refs.kept.dtype)
+        if refs.kept is not None:
+            refs.kept[rows, :] = power.astype(refs.kept.dtype)
         numbers = {
             "pivot": pivot,
-            "rivals": _row_sum(power),
-            "label_logit": _row_sum(jnp.where(hit, logits, 0)),
+            "rivals": row_sum(power),
+            "label_logit": row_sum(jnp.where(hit, logits, 0)),
         }
         if refs.distance is not None:
             distance, absent = pivot - rivals, hit
@@ -225,35 +244,35 @@ def _forward_kernel(tiling: Tiling, classes: int, refs: Any) -> None:
             distance = jnp.where(absent, 0, distance)
             if refs.weights is not None:
                 distance = distance * refs.weights[...]
-            numbers["distance"] = _row_sum(distance)
+            numbers["distance"] = row_sum(distance)
         _put(refs, numbers, rows, tile)
 
 
 def _backward_kernel(tiling: Tiling, classes: int, refs: Any) -> None:
     """Makes the gradient of a tile of logits, and what it adds to all others."""
     tile = pl.program_id(0)
-    _clear_behind(classes, refs.kernel)
-    _clear_behind(classes, refs.kept)
-    here = _lanes((tiling.row_chunk, LANES)) == tile % LANES
+    clear_behind(classes, refs.kernel)
+    clear_behind(classes, refs.kept)
+    here = lanes((tiling.row_chunk, LANES)) == tile % LANES
     bias = 0
     for start in range(0, tiling.rows, tiling.row_chunk):
         rows = pl.ds(start, tiling.row_chunk)
-        factor = _row_sum(jnp.where(here, refs.factor[rows, :], 0))
+        factor = row_sum(jnp.where(here, refs.factor[rows, :], 0))
         slope = refs.kept[rows, :].astype(jnp.float32) * factor
-        if refs.uniform is not None and refs.weights is not None:
-            slope = slope - refs.uniform[rows, :] * refs.weights[...]
-        elif refs.uniform is not None:
-            slope = slope - refs.uniform[rows, :]
-        slope = jnp.where(_hit(tiling, refs, rows, tile), refs.label[rows, :], slope)
+        if refs.uniform is not None:
+            slope = less_uniform(refs, refs.uniform[rows, :], slope)
+        slope = jnp.where(
+            is_label(tiling, refs, rows, tile), refs.label[rows, :], slope
+        )
         if refs.bias_bar is not None:
             bias = bias + jnp.sum(slope, axis=0, keepdims=True)
         slope = slope.astype(refs.gradient.dtype)
         refs.gradient[rows, :] = slope
         before = jnp.where(tile == 0, 0, refs.hidden_bar[rows, :])
-        refs.hidden_bar[rows, :] = before + _product(slope, refs.kernel[...], (1, 1))
+        refs.hidden_bar[rows, :] = before + product(slope, refs.kernel[...], (1, 1))
     if refs.bias_bar is not None:
         refs.bias_bar[...] = bias
-    total = _product(refs.hidden[...], refs.gradient[...], (0, 0))
+    total = product(refs.hidden[...], refs.gradient[...], (0, 0))
     if refs.total_before is not None:
         total = total + jnp.where(refs.place[0] == 1, 0, refs.total_before[...])
         refs.total[...] = total
@@ -261,73 +280,22 @@ def _backward_kernel(tiling: Tiling, classes: int, refs: Any) -> None:
         refs.result[...] = total.astype(refs.result.dtype)
 
 
-def _product(
-    left: jax.Array, right: jax.Array, contracted: tuple[int, int]
-) -> jax.Array:
-    """Returns a product of half-precision matrices in float32."""
-    return jax.lax.dot_general(
-        left,
-        right,
-        ((contracted[:1], contracted[1:]), ((), ())),
-        # Products of half-precision numbers are exact, whatever the caller's default.
-        precision=jax.lax.Precision.DEFAULT,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _row_sum(terms: jax.Array) -> jax.Array:
-    return jnp.sum(terms, axis=1, keepdims=True)
-
-
-def _lanes(shape: tuple[int, int]) -> jax.Array:
-    return jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-
-
-def _hit(tiling: Tiling, refs: Any, rows: Any, tile: jax.Array) -> jax.Array:
-    """Returns which class of a tile is the label of its row."""
-    labels = refs.labels[rows, :] - tile * tiling.classes
-    return _lanes((tiling.row_chunk, tiling.classes)) == labels
-
-
 def _put(refs: Any, numbers: dict[str, jax.Array], rows: Any, tile: jax.Array) -> None:
     """Sets a tile's numbers a row, which are one lane of what is in vector memory."""
     for name, number in numbers.items():
         ref = getattr(refs, name)
-        here = _lanes((number.shape[0], LANES)) == tile % LANES
+        here = lanes((number.shape[0], LANES)) == tile % LANES
         ref[rows, :] = jnp.where(here, number, ref[rows, :])
-
-
-def _clear_behind(classes: int, ref: Any) -> None:
-    """Sets what lies behind the last class to 0, in the last tile.
-
-    It is not read from main memory, so that anything may stand there, and a product
-    adds it up, if only with factors of 0.
-    """
-    count = ref.shape[1]
-    inside = classes % count
-    if inside == 0:
-        return
-
-    @pl.when(pl.program_id(0) == pl.num_programs(0) - 1)
-    def _() -> None:
-        whole = inside // LANES * LANES
-        if inside > whole:
-            # In float32, because not every chip selects half-precision numbers.
-            last = ref[:, whole : whole + LANES].astype(jnp.float32)
-            last = jnp.where(_lanes(last.shape) < inside - whole, last, 0)
-            ref[:, whole : whole + LANES] = last.astype(ref.dtype)
-            whole += LANES
-        if whole < count:
-            shape = ref.shape[0], count - whole
-            ref[:, whole:] = jnp.zeros(shape, ref.dtype)
 
 
 def _block_operands(tiling: Tiling, block: LogitsOf) -> dict[str, Operand]:
     """Returns the operands of both kernels."""
     tile = 1, tiling.classes
+    shape = tiling.kernel_tile(block.hidden.shape[1])
+    of_kernel = tile_at(shape, axis=1 - tiling.by_class)
     operands = {
         "hidden": whole(block.hidden),
-        "kernel": Operand(block.kernel, tile_at((block.hidden.shape[1], tile[1]))),
+        "kernel": Operand(block.kernel, of_kernel),
         "labels": whole(block.labels),
     }
     if block.offset is not None:

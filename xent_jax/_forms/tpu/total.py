@@ -17,15 +17,9 @@ from xent_jax._forms.row_gradients import (
     only,
 )
 from xent_jax._forms.splitting import RowBlock
-from xent_jax._forms.tpu.block import (
-    Added,
-    Classes,
-    Memory,
-    Plan,
-    UniformWeights,
-    block_gradients,
-)
+from xent_jax._forms.tpu.block import Added, Memory, Plan, block_gradients
 from xent_jax._forms.tpu.calls import uninitialized
+from xent_jax._forms.tpu.classes import Classes, classes_of
 from xent_jax._forms.tpu.tiling import Tiling
 from xent_jax._targets.class_ids import Coefficients
 
@@ -55,7 +49,8 @@ def value_and_gradients(
     count, blocks = hidden.shape[0], -(-hidden.shape[0] // tiling.rows)
     narrow = kernel.dtype == hidden.dtype
     plan = Plan(tiling, form.kind, wanted.small.options.bias is True, narrow)
-    classes = _classes(plan, layer, hidden.dtype)
+    layer = layer._replace(kernel=kernel.astype(hidden.dtype))
+    classes = classes_of(tiling, form.kind, layer)
     memory = _memory(plan, hidden, kernel.shape, blocks)
     rows, coefficients = _in_whole_blocks(rows, coefficients, blocks * tiling.rows)
     order, times = _order(form, rows, blocks)
@@ -85,48 +80,6 @@ def value_and_gradients(
         jax.tree.map(lambda array: array[:count], sums.coefficients),
     )
     return sums.loss, None, gradients
-
-
-def _classes(plan: Plan, layer: Layer, dtype: jnp.dtype) -> Classes:
-    """Returns what all blocks take of the layer."""
-    tiling, count, mask = plan.tiling, layer.kernel.shape[1], layer.class_mask
-    ragged = count % tiling.classes != 0
-    nothing = zeros((1, count), jnp.float32, layer.kernel)
-    offset = layer.options.bias
-    if mask is not None:
-        offset = jnp.where(mask, nothing if offset is None else offset, -jnp.inf)
-    elif offset is None and ragged:
-        offset = nothing
-    weights = uniform = None
-    if plan.kind.uniform:
-        weights = layer.class_weights
-        plain = weights is None and mask is None and not ragged
-        if weights is None:
-            weights = nothing + 1
-        if mask is not None:
-            weights = jnp.where(mask, weights, 0)
-        weights = tiling.class_row(weights, 0)
-        of_tiles = weights.reshape(-1, tiling.classes)
-        uniform = UniformWeights(
-            weights[0, :count], _others(of_tiles).reshape(-1), jnp.sum(of_tiles, axis=1)
-        )
-        weights = None if plain else weights
-    return Classes(
-        layer.kernel.astype(dtype),
-        plan.kind.classes.first(count),
-        None if offset is None else tiling.class_row(offset, -jnp.inf),
-        weights,
-        None if mask is None else mask[0],
-        uniform,
-    )
-
-
-def _others(weights: jax.Array) -> jax.Array:
-    """Returns Σ_{k≠j} w_k along the last axis, by sums alone: nothing cancels."""
-    padded = jnp.pad(weights, ((0, 0), (1, 1)))
-    before = jnp.cumsum(padded[:, :-2], axis=1)
-    after = jnp.cumsum(padded[:, :1:-1], axis=1)[:, ::-1]
-    return before + after
 
 
 def _memory(
