@@ -23,6 +23,7 @@ from xent_jax._losses.statistics import SoftmaxStatistics
 from xent_jax._reductions.axis import AxisName, ClassAxis, psum
 from xent_jax._reductions.precision import accumulation_dtype
 from xent_jax._targets.class_ids import ClassIds, Coefficients, Results, combined
+from xent_jax._targets.rivals import WantedSums
 
 
 def linear_loss(
@@ -50,12 +51,12 @@ def linear_loss(
     head = head_arguments.read_head(function, **arguments)
     label_weights = _label_weights(head)
     coefficients = _coefficients(head, label_weights)
-    kind = ClassIds(
-        head.classes,
+    wanted = WantedSums(
         uniform=coefficients.uniform is not None,
         entropy=with_statistics,
         prediction=with_statistics,
     )
+    kind = ClassIds(head.classes, wanted)
     if reduction is None:
         form = class_blocks_form(function, head, blocks[1], kind)
         results = row_results(form, head.rows, head.layer)

@@ -14,6 +14,7 @@ from xent_jax._losses.linear_forms import class_blocks_form
 from xent_jax._losses.statistics import SoftmaxStatistics
 from xent_jax._reductions.axis import AxisName
 from xent_jax._targets.class_ids import ClassIds
+from xent_jax._targets.rivals import WantedSums
 
 
 @jax.named_scope("linear_softmax_statistics")
@@ -113,7 +114,7 @@ def _statistics(
     function: str, class_block: int | None, **arguments: Any
 ) -> SoftmaxStatistics:
     head = head_arguments.read_head(function, **arguments)
-    kind = ClassIds(head.classes, entropy=True, prediction=True)
+    kind = ClassIds(head.classes, WantedSums(entropy=True, prediction=True))
     form = class_blocks_form(function, head, class_block, kind)
     results = row_results(form, head.rows, head.layer)
     statistics = SoftmaxStatistics.of(results)

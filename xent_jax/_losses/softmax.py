@@ -15,7 +15,7 @@ from xent_jax._targets.block import zero_where_dropped
 from xent_jax._targets.class_ids import ClassIds, Coefficients, combined
 from xent_jax._targets.dense import DenseTargets
 from xent_jax._targets.linearized import LinearizedTargets
-from xent_jax._targets.rivals import Labels
+from xent_jax._targets.rivals import Labels, WantedSums
 
 
 @jax.named_scope("softmax_cross_entropy")
@@ -223,11 +223,8 @@ def softmax_cross_entropy_with_integer_labels(
     ids = arrays.read_class_ids(layout, labels, keep)
     smoothing, weights = options["label_smoothing"], options["class_weights"]
     block = block._replace(class_weights=weights)
-    kind = ClassIds(
-        layout.class_axis,
-        uniform=smoothing is not None,
-        label_weight=weights is not None,
-    )
+    wanted = WantedSums(uniform=smoothing is not None, label_weight=weights is not None)
+    kind = ClassIds(layout.class_axis, wanted)
     results = row_results(Given(kind), block, Labels(ids))
     own = results.label_weight
     if smoothing is not None:

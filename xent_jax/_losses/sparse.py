@@ -13,7 +13,7 @@ from xent_jax._forms.rows import Given, row_results
 from xent_jax._reductions.axis import AxisName, ClassAxis, psum
 from xent_jax._targets.block import Block
 from xent_jax._targets.class_ids import ClassIds, Coefficients, combined
-from xent_jax._targets.rivals import Labels, values_at
+from xent_jax._targets.rivals import Labels, WantedSums, values_at
 
 
 @jax.named_scope("softmax_cross_entropy_with_sparse_targets")
@@ -118,7 +118,7 @@ def softmax_cross_entropy_with_sparse_targets(
     )
     block = block._replace(class_weights=options["class_weights"])
     smoothing = options["label_smoothing"]
-    kind = ClassIds(layout.class_axis, uniform=smoothing is not None)
+    kind = ClassIds(layout.class_axis, WantedSums(uniform=smoothing is not None))
     labels = Labels.of(target.own, target.ids)
     results = row_results(Given(kind), block, labels)
     others = _weighted(layout.class_axis, block, target)

@@ -14,7 +14,7 @@ from xent_jax._forms.logits_arguments import read_given
 from xent_jax._forms.rows import Given, row_results
 from xent_jax._reductions.axis import AxisName
 from xent_jax._targets.class_ids import ClassIds, Results
-from xent_jax._targets.rivals import Labels
+from xent_jax._targets.rivals import Labels, WantedSums
 
 
 class SoftmaxStatistics(NamedTuple):
@@ -113,6 +113,6 @@ def softmax_statistics(
     function = "softmax_statistics"
     layout, keep, block, _ = read_given(function, logits, axis, where, class_axis_name)
     ids = arrays.read_class_ids(layout, labels, keep)
-    kind = ClassIds(layout.class_axis, entropy=True, prediction=True)
+    kind = ClassIds(layout.class_axis, WantedSums(entropy=True, prediction=True))
     statistics = SoftmaxStatistics.of(row_results(Given(kind), block, Labels(ids)))
     return jax.tree.map(layout.squeeze, statistics)

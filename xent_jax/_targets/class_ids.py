@@ -32,7 +32,7 @@ from xent_jax._targets.rivals import (
     Largest,
     Sums,
     UniformSums,
-    Wanted,
+    WantedSums,
     less_at,
     merged,
     picked,
@@ -83,21 +83,12 @@ class ClassIds(NamedTuple):
     """The kind of target that is class ids, and what is wanted of a row."""
 
     classes: ClassAxis
-    uniform: bool = False
-    label_weight: bool = False
-    entropy: bool = False
-    prediction: bool = False
+    wanted: WantedSums = WantedSums()
     differentiated: bool = False
 
     def sums(self, block: Block, labels: Labels) -> Sums:
         """Returns the sums over one block of classes."""
-        wanted = Wanted(
-            self.uniform,
-            self.label_weight,
-            self.entropy,
-            self.prediction,
-            reused=self.differentiated,
-        )
+        wanted = self.wanted._replace(reused=self.differentiated)
         return sums_of(wanted, self.classes.axis, block, labels)
 
     def merged(self, left: Sums, right: Sums) -> Sums:

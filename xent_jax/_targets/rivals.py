@@ -87,7 +87,7 @@ class Sums(NamedTuple):
     largest: Largest | None
 
 
-class Wanted(NamedTuple):
+class WantedSums(NamedTuple):
     """Which sums are wanted beside those of every loss; static."""
 
     uniform: bool = False
@@ -97,7 +97,7 @@ class Wanted(NamedTuple):
     reused: bool = False  # whether several fusions use the sums
 
 
-def sums_of(wanted: Wanted, axis: int, block: Block, target: Labels) -> Sums:
+def sums_of(wanted: WantedSums, axis: int, block: Block, target: Labels) -> Sums:
     """Returns the sums over one block of classes."""
     labels, others = target
     best_rival, rivals, label_logit = _of_rivals(wanted, axis, block, labels)
@@ -119,7 +119,7 @@ def sums_of(wanted: Wanted, axis: int, block: Block, target: Labels) -> Sums:
 
 
 def _of_rivals(
-    wanted: Wanted, axis: int, block: Block, labels: jax.Array
+    wanted: WantedSums, axis: int, block: Block, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns the best rival, the sum relative to it, and the label's logit.
 

@@ -88,7 +88,7 @@ def block_gradients(
         rows.hidden, classes.kernel, here, classes.offset, classes.weights
     )
     logits = jax.tree.map(in_kernel, logits)
-    uniform = plan.kind.uniform
+    uniform = plan.kind.wanted.uniform
     kept, tiles = forward(plan.tiling, logits, memory.kept, uniform=uniform)
     loss, slopes, coefficients_bar = _between(plan, classes, part, here, tiles)
     shared = plan.narrow and memory.result is None

@@ -39,7 +39,7 @@ def are_for_rows(kind: Any, rows: Rows, layer: Layer) -> bool:
     """Returns whether the kernels make the results of such a head's rows."""
     return (
         isinstance(kind, ClassIds)
-        and not (kind.entropy or kind.prediction)
+        and not (kind.wanted.entropy or kind.wanted.prediction)
         and _know(rows, layer)
     )
 

@@ -46,7 +46,7 @@ def classes_of(tiling: Tiling, kind: ClassIds, layer: Layer) -> Classes:
     elif offset is None and ragged:
         offset = nothing
     weights = uniform = None
-    if kind.uniform:
+    if kind.wanted.uniform:
         weights = layer.class_weights
         plain = weights is None and mask is None and not ragged
         if weights is None:

@@ -47,7 +47,7 @@ def results(tiling: Tiling, kind: ClassIds, rows: Rows, layer: Layer) -> Results
         hidden, here = block
         logits = LogitsOf(hidden, kernel, here, classes.offset, classes.weights)
         logits = jax.tree.map(lambda array: varying(array, hidden), logits)
-        tiles = tile_sums(tiling, logits, uniform=kind.uniform)
+        tiles = tile_sums(tiling, logits, uniform=kind.wanted.uniform)
         return carry, sums_of_tiles(tiling, classes, here, tiles)
 
     hidden = in_blocks(kept_hidden(alike_rows))
