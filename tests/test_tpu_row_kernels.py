@@ -17,7 +17,11 @@ from registry import NO_KERNEL
 
 from xent_jax._forms import class_blocks
 from xent_jax._forms.tpu import choice
-from xent_jax._forms.tpu.tiling import Tiling
+from xent_jax._forms.tpu.tiling import (
+    Tiling,
+    tiling_of_gradients,
+    tiling_of_results,
+)
 from xent_jax._reductions import transposed
 from xent_jax._reductions.lowering import Place
 
@@ -393,3 +397,22 @@ def test_transformations(name, wanted, use, rng):
         assert difference <= 1e-2 * max(np.linalg.norm(right), 1e-3)
 
     jax.tree.map(assert_near, ours, others)
+
+
+@pytest.mark.parametrize("sizes_of", [tiling_of_results, tiling_of_gradients])
+@pytest.mark.parametrize("chip", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x"])
+def test_sizes_of_tiles(chip, sizes_of):
+    for rows, features, classes in [(1, 128, 1), (8519, 768, 50257), (40, 2048, 9088)]:
+        for itemsize in (2, 4):
+            tiling = sizes_of(rows, features, classes, chip, itemsize)
+            assert tiling.rows % tiling.row_chunk == 0
+            assert tiling.classes % 128 == 0
+            assert tiling.memory < 128 * 2**20
+            # As XLA lays such a kernel out.
+            assert tiling.by_class == (classes % 128 > 0)
+
+
+def test_what_would_be_slower_or_does_not_fit():
+    assert tiling_of_gradients(8192, 6144, 128256, "TPU7x") is None
+    assert tiling_of_results(8192, 6144, 128256, "TPU7x") is not None
+    assert tiling_of_gradients(8192, 2048, 128256, "TPU v4") is None

@@ -1,6 +1,7 @@
 """The fused linear head compiled for TPUs: memory, traffic and matrix products.
 
-Without kernels of its own, which `test_tpu_kernels.py` is about.
+Without kernels of its own, which `test_tpu_kernels.py` and `test_tpu_row_kernels.py`
+are about.
 """
 
 import jax
