@@ -17,6 +17,8 @@ from heads import LOSS, OPTIONS, cast, head_inputs, parted, relative_error, trut
 from jax.experimental.pallas import tpu as pltpu
 from registry import NO_KERNEL
 
+from xent_jax import verify
+from xent_jax._checking.cases import cases
 from xent_jax._forms import row_blocks
 from xent_jax._forms.tpu import choice, total
 from xent_jax._forms.tpu.tiling import Tiling, tiling_of_sum
@@ -350,3 +352,13 @@ def test_sizes_of_tiles(chip, itemsize):
 )
 def test_what_does_not_fit(sizes, chip):
     assert tiling_of_sum(*sizes, chip) is None
+
+
+def test_verify_runs_the_kernels(use):
+    """So that it checks them on a TPU, too."""
+    programs = use(TILING)
+    (case,) = [case for case in cases() if case.name == "head, by kernel"]
+    device = jax.devices()[0]
+    for dtype, taken in ((jnp.float32, False), (jnp.bfloat16, True)):
+        assert verify.check(case, dtype, device, allowance=0.0, dot=0.0).ok
+        assert bool(programs) == taken

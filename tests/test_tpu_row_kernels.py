@@ -15,6 +15,8 @@ from heads import LOSS, OPTIONS, cast, head_inputs, parted, relative_error, trut
 from jax.experimental.pallas import tpu as pltpu
 from registry import NO_KERNEL
 
+from xent_jax import verify
+from xent_jax._checking.cases import cases
 from xent_jax._forms import class_blocks
 from xent_jax._forms.tpu import choice
 from xent_jax._forms.tpu.tiling import (
@@ -416,3 +418,13 @@ def test_what_would_be_slower_or_does_not_fit():
     assert tiling_of_gradients(8192, 6144, 128256, "TPU7x") is None
     assert tiling_of_results(8192, 6144, 128256, "TPU7x") is not None
     assert tiling_of_gradients(8192, 2048, 128256, "TPU v4") is None
+
+
+def test_verify_runs_the_kernels_of_a_loss_a_row(use):
+    """So that it checks them on a TPU, too."""
+    programs = use(TILING)
+    (case,) = [case for case in cases() if case.name == "head, per row"]
+    device = jax.devices()[0]
+    for dtype, taken in ((jnp.float32, False), (jnp.bfloat16, True)):
+        assert verify.check(case, dtype, device, allowance=0.0, dot=0.0).ok
+        assert bool(programs) == taken

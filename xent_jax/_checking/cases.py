@@ -16,9 +16,16 @@ from xent_jax._checking.closed_forms import (
     SOFTMAX_LAW,
     Law,
 )
-from xent_jax._checking.composed import MEAN_LAW, of_divergence, of_head, of_sinkhorn
+from xent_jax._checking.composed import (
+    MEAN_LAW,
+    of_divergence,
+    of_head,
+    of_kernel,
+    of_sinkhorn,
+)
 
-ROWS, CLASSES, FEATURES = 64, 96, 16
+# As many features as the TPU kernels of the head take.
+ROWS, CLASSES, FEATURES = 64, 96, 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,10 +198,10 @@ def _divergence(direction: Literal["forward", "reverse"], logits: np.ndarray) ->
 
 
 def _of_heads(rng: np.random.Generator, ids: np.ndarray) -> list[Case]:
-    """Returns cases of heads, by their features; the kernel is exact in every dtype."""
-    hidden = rng.standard_normal((ROWS, FEATURES))
+    """Returns cases of heads; what is not their input is exact in every dtype."""
+    hidden = rng.standard_normal((ROWS, FEATURES)) * (4 / FEATURES**0.5)
     kernel = rng.integers(-8, 9, (FEATURES, CLASSES)) / 16
-    teacher = rng.integers(-8, 9, (ROWS, FEATURES)).astype(np.float32) / 8
+    teacher = rng.integers(-8, 9, (ROWS, FEATURES)).astype(np.float32) / 16
     narrow = kernel.astype(np.float32)
     head = xent_jax.linear_softmax_cross_entropy
     statistics = xent_jax.linear_softmax_statistics
@@ -206,6 +213,11 @@ def _of_heads(rng: np.random.Generator, ids: np.ndarray) -> list[Case]:
 
     def total(h: Any, y: Any) -> jax.Array:
         return head(h, narrow, y, reduction="sum", row_block=24)
+
+    def total_by_kernel(k: Any, y: Any) -> jax.Array:
+        # The gradient by the features is taken too, as TPU kernels make both at once.
+        h = jnp.asarray(teacher, k.dtype) + 0 * k[None, :, 0]
+        return head(h, k, y, reduction="sum", row_block=24)
 
     def entropy(h: Any, y: Any) -> jax.Array:
         return statistics(h, narrow, y).entropy
@@ -225,11 +237,15 @@ def _of_heads(rng: np.random.Generator, ids: np.ndarray) -> list[Case]:
             of_divergence(DIVERGENCE_LAW, kernel, teacher),
         ),
     ]
-    return [_of_head(hidden, *row) for row in rows]
+    by_kernel = of_kernel(SOFTMAX_LAW, teacher.astype(np.float64))
+    return [
+        *(_of_head(hidden, *row) for row in rows),
+        _of_head(kernel, "head, by kernel", head, total_by_kernel, ids, by_kernel),
+    ]
 
 
 def _of_head(
-    hidden: np.ndarray,
+    inputs: np.ndarray,
     name: str,
     function: Callable[..., Any],
     loss: Callable[..., jax.Array],
@@ -239,14 +255,14 @@ def _of_head(
     return Case(
         name,
         loss,
-        hidden,
+        inputs,
         labels,
         bound=16,
         scale=1,
         slack=64,
         law=law,
         verifies=(function.__name__,),
-        whole=name == "head, sum",
+        whole=name in ("head, sum", "head, by kernel"),
         products=16,
     )
 

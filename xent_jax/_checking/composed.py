@@ -39,6 +39,25 @@ def of_head(law: Law, kernel: Array, **fixed: Any) -> Law:
     return Law(value, gradient, magnitude)
 
 
+def of_kernel(law: Law, hidden: Array) -> Law:
+    """Returns the law of the sum of such losses, by the kernel."""
+
+    def of_logits(function: Callable[..., Array]) -> Callable[..., Array]:
+        return lambda kernel, labels: function(hidden @ _wide(kernel), labels)
+
+    value, slope, size = map(of_logits, (law.value, law.gradient, law.magnitude))
+
+    def gradient(kernel: Array, labels: Array) -> Array:
+        return hidden.T @ slope(kernel, labels)
+
+    def magnitude(kernel: Array, labels: Array) -> Array:
+        terms = np.abs(hidden.T) @ np.abs(slope(kernel, labels))
+        largest = (size(kernel, labels) * np.abs(hidden)).max()
+        return terms.max(0, keepdims=True) + largest
+
+    return Law(lambda *arguments: value(*arguments).sum(), gradient, magnitude)
+
+
 def of_divergence(law: Law, kernel: Array, teacher: Array) -> Law:
     """Returns the law of a divergence of heads with one kernel, by the features."""
     inner = of_head(law, kernel)
