@@ -161,7 +161,10 @@ LATER = ("sparse_targets", "kl_divergence", "statistics", "label_probs")
 @pytest.mark.once
 @pytest.mark.usefixtures("unoptimized")
 @pytest.mark.parametrize("how", shortened(mesh_cases.SHARDED, kept=["both"]))
-@mesh_cases.each([c for c in mesh_cases.CASES if any(word in c.name for word in LATER)])
+@mesh_cases.each(
+    [c for c in mesh_cases.CASES if any(word in c.name for word in LATER)],
+    few="reduction",
+)
 def test_functions_that_came_later(case, how):
     """On Auto axes alone: on Explicit ones every function has tests of its own."""
     mesh = mesh_cases.mesh_of((2, 4), "Auto")

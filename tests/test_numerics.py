@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from grids import shortened
 
 import xent_jax
 from xent_jax._losses import sigmoid
@@ -72,7 +73,7 @@ def test_a_nan_makes_a_wide_row_undefined(classes):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("classes", [2000, 4099, 50257])
+@pytest.mark.parametrize("classes", shortened([2000, 4099, 50257], kept=[2000, 4099]))
 @pytest.mark.parametrize("axis", [-1, -2])
 def test_groups_of_slices_equal_numpy(classes, axis, rng, monkeypatch):
     """As many groups as there may be, and terms of which two are summed at a time."""

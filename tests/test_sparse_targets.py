@@ -31,7 +31,7 @@ def targets(rng, rows, classes, count):
     ("classes", "count", "rows"),
     shortened(
         [(2, 1, 3), (2, 5, 4), (37, 8, 5), (257, 33, 6), (4001, 64, 3), (9, 2, 0)],
-        kept=[(2, 5, 4), (257, 33, 6), (9, 2, 0)],
+        kept=[(2, 5, 4), (37, 8, 5), (9, 2, 0)],
     ),
 )
 def test_equals_the_oracle(classes, count, rows, dtype, rng):

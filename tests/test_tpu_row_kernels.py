@@ -27,7 +27,7 @@ from xent_jax._forms.tpu.tiling import (
 from xent_jax._reductions import transposed
 from xent_jax._reductions.lowering import Place
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("unoptimized")]
 
 # Rows, features and classes; tiles of 128 classes and blocks of 32 rows, of which one
 # stays in vector memory, two and three take turns.

@@ -7,7 +7,7 @@ import pytest
 
 from xent_jax._reductions.transposed import transposed_by_place
 
-pytestmark = pytest.mark.once
+pytestmark = [pytest.mark.once, pytest.mark.usefixtures("unoptimized")]
 
 CONSTANTS = {"scale": jnp.arange(1.0, 4.0), "count": jnp.arange(3)}
 DOTS = jnp.arange(6.0).reshape(2, 3), jnp.ones(3)
