@@ -50,16 +50,9 @@ def marks_of(case: Case) -> list:
     return [] if kept else [pytest.mark.exhaustive]
 
 
-def each(cases: list[Case], few: str = "") -> Any:
-    """Returns the mark of a test of every one of the cases.
-
-    With `few`, those of a head run before a change lands but for those so named.
-    """
-    parameters = []
-    for case in cases:
-        left_out = few and "kernel" in case.row.inputs and few not in case.name
-        marks = [pytest.mark.exhaustive] if left_out else marks_of(case)
-        parameters.append(pytest.param(case, id=case.name, marks=marks))
+def each(cases: list[Case]) -> Any:
+    """Returns the mark of a test of every one of the cases."""
+    parameters = [pytest.param(c, id=c.name, marks=marks_of(c)) for c in cases]
     return pytest.mark.parametrize("case", parameters)
 
 

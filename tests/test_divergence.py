@@ -8,6 +8,7 @@ import mpmath
 import numpy as np
 import oracle
 import pytest
+from grids import shortened
 
 import xent_jax
 
@@ -138,7 +139,7 @@ def test_a_temperature_for_every_row(direction, rng):
 
 @both
 @pytest.mark.parametrize("reduction", [None, "mean", "sum"])
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("full", shortened([False, True], kept=[True]))
 def test_heads_equal_given_logits(full, reduction, direction, rng, unoptimized):
     hidden, kernel, teacher, teacher_kernel = heads(rng)
     rows, classes = len(hidden), kernel.shape[1]

@@ -7,6 +7,7 @@ its norm; `NOISE` is what two orders of the same sums may differ by.
 import jax
 import jax.numpy as jnp
 import pytest
+from grids import shortened
 from heads import (
     cast,
     head_inputs,
@@ -44,7 +45,7 @@ def dense(hidden, kernel, labels, divisor=1.0):
 
 
 @pytest.mark.parametrize("reduction", [None, "mean"])
-@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("scale", shortened([0.1, 1.0, 10.0], kept=[10.0]))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_worse_than_dense(shape, dtype, scale, reduction, rng):

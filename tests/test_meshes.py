@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import registry
 from aot import hlo
-from grids import shortened
 from registry import Case
 
 ROWS, CLASSES = 8, 16
@@ -159,12 +158,10 @@ LATER = ("sparse_targets", "kl_divergence", "statistics", "label_probs")
 
 
 @pytest.mark.once
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("unoptimized")
-@pytest.mark.parametrize("how", shortened(mesh_cases.SHARDED, kept=["both"]))
-@mesh_cases.each(
-    [c for c in mesh_cases.CASES if any(word in c.name for word in LATER)],
-    few="reduction",
-)
+@pytest.mark.parametrize("how", mesh_cases.SHARDED)
+@mesh_cases.each([c for c in mesh_cases.CASES if any(word in c.name for word in LATER)])
 def test_functions_that_came_later(case, how):
     """On Auto axes alone: on Explicit ones every function has tests of its own."""
     mesh = mesh_cases.mesh_of((2, 4), "Auto")

@@ -38,6 +38,8 @@ def _splits() -> list:
         unchecked = MANUAL[index % len(MANUAL)]
         for manual, check_vma in [*((m, True) for m in MANUAL), (unchecked, False)]:
             most = len(manual) == 2 and check_vma
+            # By default every second case, and the others on meshes of Explicit axes.
+            most = most and index % 2 == 0
             marks = marks_of(case) if most else [pytest.mark.exhaustive]
             if not check_vma:
                 marks = [pytest.mark.once, *marks]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from grids import shortened
 from losses import EACH, unpacked
 
 import xent_jax
@@ -54,7 +55,7 @@ def test_the_laws_equal_the_oracle_of_the_tests(case, rng):
 
 @pytest.mark.once
 @pytest.mark.parametrize("loss", [INTEGER, DENSE])
-@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("axis", shortened([0, 1, -1], kept=[1]))
 def test_masks_and_axes(loss, axis, rng):
     logits = rng.standard_normal((4, 4)).astype(np.float32)
     ids = rng.integers(0, 4, 4)
