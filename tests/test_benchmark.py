@@ -72,6 +72,7 @@ def record(contender, **changes):
     } | changes
 
 
+@pytest.mark.exhaustive
 def test_the_tiny_cases_run(benchmark, tmp_path):
     output = tmp_path / "results" / "cpu.jsonl"
     arguments = ["--tiny", "--rounds", "3", "--check"]

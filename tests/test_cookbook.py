@@ -67,7 +67,7 @@ def lenient():
         yield
 
 
-FEW = TITLES[::6]
+FEW = ["Several labels at once", "Equinox"]
 
 
 @pytest.mark.parametrize("title", shortened(TITLES, kept=FEW))

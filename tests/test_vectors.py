@@ -54,7 +54,7 @@ def test_rows_that_are_on_two_axes_keep_them(shape):
     ("shape", "classes"),
     shortened(
         [((4096,), 3), ((4099,), 10), ((6, 691), 2), ((4099, 1), 40)],
-        kept=[((4099,), 10), ((6, 691), 2)],
+        kept=[((6, 691), 2)],
     ),
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

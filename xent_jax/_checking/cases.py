@@ -214,11 +214,6 @@ def _of_heads(rng: np.random.Generator, ids: np.ndarray) -> list[Case]:
     def total(h: Any, y: Any) -> jax.Array:
         return head(h, narrow, y, reduction="sum", row_block=24)
 
-    def total_by_kernel(k: Any, y: Any) -> jax.Array:
-        # The gradient by the features is taken too, as TPU kernels make both at once.
-        h = jnp.asarray(teacher, k.dtype) + 0 * k[None, :, 0]
-        return head(h, k, y, reduction="sum", row_block=24)
-
     def entropy(h: Any, y: Any) -> jax.Array:
         return statistics(h, narrow, y).entropy
 
@@ -237,11 +232,21 @@ def _of_heads(rng: np.random.Generator, ids: np.ndarray) -> list[Case]:
             of_divergence(DIVERGENCE_LAW, kernel, teacher),
         ),
     ]
-    by_kernel = of_kernel(SOFTMAX_LAW, teacher.astype(np.float64))
-    return [
-        *(_of_head(hidden, *row) for row in rows),
-        _of_head(kernel, "head, by kernel", head, total_by_kernel, ids, by_kernel),
-    ]
+    heads = [_of_head(hidden, *row) for row in rows]
+    return [*heads, _by_kernel(kernel, teacher, ids)]
+
+
+def _by_kernel(kernel: np.ndarray, hidden: np.ndarray, ids: np.ndarray) -> Case:
+    """Returns the case of a head by its kernel."""
+    head = xent_jax.linear_softmax_cross_entropy
+
+    def total(k: Any, y: Any) -> jax.Array:
+        # The gradient by the features is taken too, as TPU kernels make both at once.
+        h = jnp.asarray(hidden, k.dtype) + 0 * k[None, :, 0]
+        return head(h, k, y, reduction="sum", row_block=24)
+
+    law = of_kernel(SOFTMAX_LAW, hidden.astype(np.float64))
+    return _of_head(kernel, "head, by kernel", head, total, ids, law)
 
 
 def _of_head(
