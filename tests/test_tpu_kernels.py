@@ -13,12 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from grids import shortened
-from heads import LOSS, OPTIONS, cast, head_inputs, parted, relative_error, truth_of
+from heads import LOSS, parted, relative_error, truth_of
 from jax.experimental.pallas import tpu as pltpu
-from registry import NO_KERNEL
+from kernels import (
+    ALL,
+    EACH,
+    TILING,
+    assert_gradients,
+    assert_verify_takes,
+    bfloat16_inputs,
+    parts_of,
+)
 
-from xent_jax import verify
-from xent_jax._checking.cases import cases
 from xent_jax._forms import row_blocks
 from xent_jax._forms.tpu import choice, total
 from xent_jax._forms.tpu.tiling import Tiling, tiling_of_sum
@@ -34,17 +40,6 @@ SHAPES = [
     (40, 128, 129),
     (33, 256, 384),
     (64, 128, 700),
-]
-TILING = Tiling(32, 16, 128, 0, interpret=True)
-ALL = tuple(option for option in OPTIONS if option not in NO_KERNEL)
-# Every option alone and with all others, and what of uniform targets goes together.
-EACH = [
-    (),
-    *((name,) for name in ALL),
-    ("label_smoothing", "class_weights"),
-    ("label_smoothing", "class_mask"),
-    ("bias", "where", "z_loss"),
-    ALL,
 ]
 # Every option with a shape, and every shape with two options; those of several options
 # and none by default.
@@ -72,36 +67,18 @@ def use(monkeypatch):
     return with_tiling
 
 
-def bfloat16_inputs(rng, shape, options=(), kernel="bfloat16", margin=0.0):
-    """Returns inputs whose labels are ahead of all rivals by about a margin."""
-    rows, features, classes = shape
-    inputs = head_inputs(rng, (rows,), features, classes, options)
-    columns = inputs["kernel"][:, inputs["labels"]].T
-    steps = columns / np.sum(columns**2, axis=1, keepdims=True)
-    inputs["hidden"] = inputs["hidden"] + margin * steps
-    inputs = cast(inputs, "bfloat16", "float32")
-    return inputs | {"kernel": inputs["kernel"].astype(jnp.dtype(kernel))}
-
-
 def value_and_gradients(inputs, reduction="mean"):
     """Returns the loss and its gradients, from a program that is compiled anew."""
-    moving, rest = parted(inputs)
-    if "class_weights" in moving:
-        rest["class_weights"] = moving.pop("class_weights")
+    moving, rest = parts_of(inputs)
     function = jax.value_and_grad(lambda m: LOSS(**m, **rest, reduction=reduction))
-    return jax.jit(function)(jax.tree.map(jnp.asarray, moving))
+    return jax.jit(function)(moving)
 
 
 def assert_right(inputs, result, reduction="mean", rtol=6e-3):
     """Asserts value and gradients, these to the digits of half-precision numbers."""
     (value, gradients), truth = result, truth_of(inputs, reduction)
     np.testing.assert_allclose(float(value), truth.value, rtol=2e-6, atol=1e-6)
-    for name, gradient in gradients.items():
-        wanted = np.asarray(getattr(truth, name), np.float64)
-        assert gradient.dtype == inputs[name].dtype
-        assert gradient.shape == wanted.shape
-        size = max(np.linalg.norm(wanted), 1e-4)
-        assert np.linalg.norm(np.asarray(gradient, np.float64) - wanted) <= rtol * size
+    assert_gradients(inputs, gradients, truth, rtol)
 
 
 @pytest.mark.parametrize(("shape", "options"), PAIRS, ids=str)
@@ -118,7 +95,6 @@ def test_equals_the_oracle(shape, options, use, rng):
 def test_gradient_of_a_float32_kernel_is_not_rounded(shape, use, rng):
     use(TILING)
     inputs = bfloat16_inputs(rng, shape, ("bias",), "float32")
-    inputs["kernel"] = inputs["kernel"].astype(jnp.bfloat16).astype(np.float32)
     result = value_and_gradients(inputs, "sum")
     assert_right(inputs, result, "sum")
     gradient = result[1]["kernel"]
@@ -137,7 +113,6 @@ def test_block_with_as_many_rows_as_features_or_more(rows, kernel, use, rng):
     # Then the kernel's gradient does not leave over what is kept.
     use(TILING._replace(rows=rows, row_chunk=rows // 2))
     inputs = bfloat16_inputs(rng, (300, 128, 300), (), kernel)
-    inputs["kernel"] = inputs["kernel"].astype(jnp.bfloat16).astype(jnp.dtype(kernel))
     assert_right(inputs, value_and_gradients(inputs))
 
 
@@ -356,9 +331,4 @@ def test_what_does_not_fit(sizes, chip):
 
 def test_verify_runs_the_kernels(use):
     """So that it checks them on a TPU, too."""
-    programs = use(TILING)
-    (case,) = [case for case in cases() if case.name == "head, by kernel"]
-    device = jax.devices()[0]
-    for dtype, taken in ((jnp.float32, False), (jnp.bfloat16, True)):
-        assert verify.check(case, dtype, device, allowance=0.0, dot=0.0).ok
-        assert bool(programs) == taken
+    assert_verify_takes("head, by kernel", use(TILING))

@@ -11,12 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from heads import LOSS, OPTIONS, cast, head_inputs, parted, relative_error, truth_of
+from heads import LOSS, relative_error, truth_of
 from jax.experimental.pallas import tpu as pltpu
-from registry import NO_KERNEL
+from kernels import (
+    ALL,
+    EACH,
+    TILING,
+    assert_gradients,
+    assert_verify_takes,
+    bfloat16_inputs,
+    parts_of,
+)
 
-from xent_jax import verify
-from xent_jax._checking.cases import cases
 from xent_jax._forms import class_blocks
 from xent_jax._forms.tpu import choice
 from xent_jax._forms.tpu.tiling import (
@@ -37,16 +43,6 @@ SHAPES = [
     (33, 256, 129),
     (64, 128, 384),
     (70, 128, 300),
-]
-TILING = Tiling(32, 16, 128, 0, interpret=True)
-ALL = tuple(option for option in OPTIONS if option not in NO_KERNEL)
-EACH = [
-    (),
-    *((name,) for name in ALL),
-    ("label_smoothing", "class_weights"),
-    ("label_smoothing", "class_mask"),
-    ("bias", "where", "z_loss"),
-    ALL,
 ]
 # Every option with a shape before a change lands, four of them always.
 PAIRS = [(SHAPES[i % len(SHAPES)], options) for i, options in enumerate(EACH)]
@@ -76,30 +72,10 @@ def use(monkeypatch):
     return with_tiling
 
 
-def bfloat16_inputs(rng, shape, options=(), kernel="bfloat16", margin=0.0):
-    """Returns inputs whose labels are ahead of all rivals by about a margin."""
-    rows, features, classes = shape
-    inputs = head_inputs(rng, (rows,), features, classes, options)
-    columns = inputs["kernel"][:, inputs["labels"]].T
-    steps = columns / np.sum(columns**2, axis=1, keepdims=True)
-    inputs["hidden"] = inputs["hidden"] + margin * steps
-    inputs = cast(inputs, "bfloat16", "float32")
-    kernel_dtype = jnp.dtype(kernel)
-    narrow = inputs["kernel"].astype(jnp.bfloat16)
-    return inputs | {"kernel": narrow.astype(kernel_dtype)}
-
-
 def weighted_sum(moving, rest):
     """Returns the sum of the losses times numbers that differ from row to row."""
     losses = LOSS(**moving, **rest)
     return jnp.sum(losses * jnp.cos(jnp.arange(losses.size, dtype=jnp.float32)))
-
-
-def parts_of(inputs):
-    moving, rest = parted(inputs)
-    if "class_weights" in moving:
-        rest["class_weights"] = moving.pop("class_weights")
-    return jax.tree.map(jnp.asarray, moving), rest
 
 
 def value_and_gradients(inputs):
@@ -116,14 +92,8 @@ def assert_right(inputs, result, rtol=6e-3):
     truth = truth_of(inputs | {"weights": weights}, "sum")
     value, gradients = result
     np.testing.assert_allclose(float(value), truth.value, rtol=1e-5, atol=1e-4)
-    for name, gradient in gradients.items():
-        if name == "weights":
-            continue
-        wanted = np.asarray(getattr(truth, name), np.float64)
-        assert gradient.dtype == inputs[name].dtype
-        assert gradient.shape == wanted.shape
-        size = max(np.linalg.norm(wanted), 1e-4)
-        assert np.linalg.norm(np.asarray(gradient, np.float64) - wanted) <= rtol * size
+    gradients = {k: v for k, v in gradients.items() if k != "weights"}
+    assert_gradients(inputs, gradients, truth, rtol)
 
 
 @pytest.mark.parametrize(
@@ -422,9 +392,4 @@ def test_what_would_be_slower_or_does_not_fit():
 
 def test_verify_runs_the_kernels_of_a_loss_a_row(use):
     """So that it checks them on a TPU, too."""
-    programs = use(TILING)
-    (case,) = [case for case in cases() if case.name == "head, per row"]
-    device = jax.devices()[0]
-    for dtype, taken in ((jnp.float32, False), (jnp.bfloat16, True)):
-        assert verify.check(case, dtype, device, allowance=0.0, dot=0.0).ok
-        assert bool(programs) == taken
+    assert_verify_takes("head, per row", use(TILING))

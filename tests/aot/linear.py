@@ -19,7 +19,7 @@ from registry import FUNCTIONS
 
 import xent_jax
 from aot.cases import Case, Shape, loss_of, mean
-from aot.compilers import Compiled
+from aot.compilers import Compiled, compile_for_mesh, compile_for_tpu, tpu_mesh
 from aot.contracts import MEBIBYTE
 
 
@@ -140,6 +140,28 @@ def arguments(
     """Arguments of bfloat16 features."""
     case = dataclasses.replace(case, features=sizes.features, **changes)
     return case.arguments((sizes.rows, sizes.classes), jnp.bfloat16)
+
+
+def compiled_for(chip: str, case: Case, sizes: Sizes, **changes: Any) -> Compiled:
+    """Returns value and gradients by hidden and kernel, compiled for a TPU."""
+    return compile_for_tpu(
+        chip, gradient(case, (0, 1)), *arguments(case, sizes, **changes)
+    )
+
+
+def compiled_without_kernels(change: str, case: Case, monkeypatch: Any) -> Compiled:
+    """Returns the same for a v6e, but for a change that leaves TPU kernels out."""
+    sizes = Sizes(64, 256, 1200)
+    if change == "switch":
+        monkeypatch.setenv("XENT_JAX_TPU_KERNELS", "0")
+        return compiled_for("v6e", case, sizes)
+    if change == "chip":
+        return compiled_for("v4", case, sizes)
+    assert change == "two devices"
+    mesh = tpu_mesh((8,), ("data",))
+    specs = jax.P("data", None), jax.P(), jax.P("data")
+    function = gradient(case, (0, 1))
+    return compile_for_mesh(mesh, function, arguments(case, sizes), specs)
 
 
 def check(

@@ -7,7 +7,7 @@ from registry import NO_KERNEL
 
 from aot import compilers, linear
 from aot.contracts import MEBIBYTE
-from aot.linear import LLAMA, Sizes, linear_case
+from aot.linear import LLAMA, Sizes, compiled_for, compiled_without_kernels, linear_case
 from aot.predict import predict
 
 if not compilers.has_tpu_compiler():
@@ -28,12 +28,6 @@ SIZES = {
     ("tpu7x", Sizes(40, 256, 300)): "bfloat16",
     ("v5e", Sizes(1, 128, 1)): "bfloat16",
 }
-
-
-def compiled_for(chip, case, sizes, **changes):
-    function = linear.gradient(case, (0, 1))
-    arguments = linear.arguments(case, sizes, **changes)
-    return compilers.compile_for_tpu(chip, function, *arguments)
 
 
 def has_kernels(compiled):
@@ -100,16 +94,6 @@ def test_inside_a_shard_map():
 
 @pytest.mark.parametrize("change", ["switch", "chip", "two devices"])
 def test_where_they_are_not(change, monkeypatch):
-    arguments = linear.arguments(PLAIN, Sizes(64, 256, 1200))
-    function = linear.gradient(PLAIN, (0, 1))
-    if change == "switch":
-        monkeypatch.setenv("XENT_JAX_TPU_KERNELS", "0")
-        compiled = compilers.compile_for_tpu("v6e", function, *arguments)
-    elif change == "chip":
-        compiled = compilers.compile_for_tpu("v4", function, *arguments)
-    else:
-        mesh = compilers.tpu_mesh((8,), ("data",))
-        specs = jax.P("data", None), jax.P(), jax.P("data")
-        compiled = compilers.compile_for_mesh(mesh, function, arguments, specs)
+    compiled = compiled_without_kernels(change, PLAIN, monkeypatch)
     assert "xent_forward" not in compiled.text
     assert "xent_rows_backward" not in compiled.text

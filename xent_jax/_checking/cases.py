@@ -245,7 +245,7 @@ def _by_kernel(kernel: np.ndarray, hidden: np.ndarray, ids: np.ndarray) -> Case:
         h = jnp.asarray(hidden, k.dtype) + 0 * k[None, :, 0]
         return head(h, k, y, reduction="sum", row_block=24)
 
-    law = of_kernel(SOFTMAX_LAW, hidden.astype(np.float64))
+    law = _summed(of_kernel(SOFTMAX_LAW, hidden.astype(np.float64)))
     return _of_head(kernel, "head, by kernel", head, total, ids, law)
 
 

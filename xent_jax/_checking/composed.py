@@ -40,7 +40,10 @@ def of_head(law: Law, kernel: Array, **fixed: Any) -> Law:
 
 
 def of_kernel(law: Law, hidden: Array) -> Law:
-    """Returns the law of the sum of such losses, by the kernel."""
+    """Returns the law of such losses of all rows, by the kernel.
+
+    The gradient is that of their sum.
+    """
 
     def of_logits(function: Callable[..., Array]) -> Callable[..., Array]:
         return lambda kernel, labels: function(hidden @ _wide(kernel), labels)
@@ -55,7 +58,7 @@ def of_kernel(law: Law, hidden: Array) -> Law:
         largest = (size(kernel, labels) * np.abs(hidden)).max()
         return terms.max(0, keepdims=True) + largest
 
-    return Law(lambda *arguments: value(*arguments).sum(), gradient, magnitude)
+    return Law(value, gradient, magnitude)
 
 
 def of_divergence(law: Law, kernel: Array, teacher: Array) -> Law:
